@@ -1,0 +1,103 @@
+"""One environment for every test: nothing of the machine's jobs, a runtime directory of its own,
+and nothing left running.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support import TEST_MARK, stop_everything_started
+
+# A rank, a scheduler or a live run around the test suite would change what the package does.
+_FOREIGN = re.compile(
+    r"(|LOCAL_|GROUP_|NODE_|ROLE_)(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES"
+    r"|(SLURM|SBATCH|PBS|LSB|LSF|SGE|OMPI|PMI|PMIX|PALS|MPI|MV2|FLUX|OAR|_?CONDOR|KUBERNETES"
+    r"|RAY|SM|AZUREML|AZ|CLOUD_ML|AIP|TORCHELASTIC|ACCELERATE|PL|ORCHARD_INFRA)_.*"
+)
+
+# Skips that say what the machine is rather than what somebody forgot to install.
+_ALLOWED_SKIPS = ("needs Windows", "needs macOS", "needs another user", "needs a real")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No rank, scheduler or run in the environment; afterwards, no process of the test."""
+    for name in list(os.environ):
+        if _FOREIGN.fullmatch(name):
+            monkeypatch.delenv(name)
+    # Not below tmp_path: that is long, and two tests of one file would see each other's names.
+    runtime = tempfile.mkdtemp(prefix="oi-")
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv("ORCHARD_INFRA_DIR", runtime)
+    monkeypatch.setenv(TEST_MARK, mark)
+    before = psutil.Process().children(recursive=True)
+    try:
+        yield
+    finally:
+        stop_everything_started(mark, before)
+        shutil.rmtree(runtime, ignore_errors=True)
+
+
+@pytest.fixture
+def runtime_directory() -> Path:
+    """The per-user runtime directory as this test, and what it starts, sees it."""
+    return Path(os.environ["ORCHARD_INFRA_DIR"])
+
+
+@pytest.fixture
+def require_tool() -> Callable[[str], str]:
+    """The path of a program that a test needs; the test is skipped where there is none.
+
+    With CI=true that skip is a failure, see scripts/install-test-servers.
+    """
+
+    def find(name: str) -> str:
+        found = shutil.which(name)
+        if found is None:
+            pytest.skip(f"needs {name}: run scripts/install-test-servers")
+        return found
+
+    return find
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.CollectReport | pytest.TestReport) -> None:
+    """Under CI=true a test that is skipped because something is missing has failed."""
+    if not report.skipped or hasattr(report, "wasxfail") or not _under_ci():
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not any(words in reason for words in (*_ALLOWED_SKIPS, *_known_to_be_missing())):
+        report.outcome = "failed"
+        report.longrepr = f"{reason}\n(under CI=true a skip for something missing is a failure)"
+
+
+def _under_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def _known_to_be_missing() -> list[str]:
+    # Set by `make test-all-pythons`, which tests without torch on purpose.
+    return os.environ.get("TESTS_WITHOUT", "").split()

@@ -1,0 +1,275 @@
+"""What the tests share: real processes that say when they are ready, and waits with a bound.
+
+    from support import run_python, wait_until
+
+    def test_a_run_holds_its_lock(tmp_path):
+        holder = run_python(tmp_path, '''
+            from orchard_infra import managed_environment
+            with managed_environment("digits"):
+                print("ready")
+                input()                      # until the test says so, or ends
+        ''')
+        holder.wait_for("ready")
+        ...
+        holder.tell("go on")
+        assert holder.finish() == 0
+
+Output goes to files, not to pipes: a forked child that outlives its parent keeps a pipe open, and
+a test that reads until the end of it would hang on the very thing it wants to show.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+T = TypeVar("T")
+
+# Generous: the machine may be busy with everybody else's tests.
+PATIENCE = 60.0
+
+# Set for each test by the conftest and inherited by whatever is started, so that a process whose
+# parents are gone can still be told to be ours.
+TEST_MARK = "INFRA_TEST_MARK"
+
+_started: list[Script] = []
+
+
+class Script(subprocess.Popen[bytes]):
+    """A process whose output can be read at any time. `run_python` and `run_command` make them."""
+
+    def __init__(self, arguments: Sequence[str], *, log: Path, **options: Any) -> None:
+        self._stdout_path = log.with_suffix(".out")
+        self._stderr_path = log.with_suffix(".err")
+        with open(self._stdout_path, "wb") as out, open(self._stderr_path, "wb") as err:
+            super().__init__(arguments, stdin=subprocess.PIPE, stdout=out, stderr=err, **options)
+        _started.append(self)
+
+    @property
+    def output(self) -> str:
+        """What it, and what it started, has written to stdout so far."""
+        return self._stdout_path.read_text("utf-8", errors="replace")
+
+    @property
+    def error_output(self) -> str:
+        """What it, and what it started, has written to stderr so far."""
+        return self._stderr_path.read_text("utf-8", errors="replace")
+
+    def wait_for(self, text: str, timeout: float = PATIENCE) -> str:
+        """The first whole line of stdout that contains ``text``, as soon as it is there.
+
+        Raises:
+            AssertionError: The process ended without it, or it took more than ``timeout`` seconds.
+        """
+
+        def line() -> str | None:
+            ended = self.poll() is not None  # asked before reading, so that nothing is missed
+            for candidate in self.output.splitlines(keepends=True):
+                if text in candidate and (ended or candidate.endswith("\n")):
+                    return candidate.rstrip("\n")
+            if ended:
+                raise AssertionError(
+                    f"ended with {self.returncode} before it printed {text!r}\n{self.transcript()}"
+                )
+            return None
+
+        found = wait_until(line, timeout, what=lambda: f"{text!r}\n{self.transcript()}")
+        assert found is not None
+        return found
+
+    def tell(self, line: str = "") -> None:
+        """Write a line to its stdin."""
+        assert self.stdin is not None
+        self.stdin.write(line.encode() + b"\n")
+        self.stdin.flush()
+
+    def finish(self, timeout: float = PATIENCE) -> int:
+        """Wait for its end; the exit status, negative for a signal.
+
+        Raises:
+            AssertionError: It is still there after ``timeout`` seconds.
+        """
+        try:
+            return self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s\n{self.transcript()}") from None
+
+    def transcript(self) -> str:
+        return f"stdout:\n{self.output}\nstderr:\n{self.error_output}"
+
+    def stop(self) -> None:
+        """Kill it, wait for it and close its stdin. Done for every script when its test ends."""
+        if self.poll() is None:
+            self.kill()
+            self.wait()
+        if self.stdin is not None:
+            try:
+                self.stdin.close()
+            except BrokenPipeError:
+                pass
+
+
+def run_python(
+    tmp_path: Path,
+    source: str | Path,
+    *arguments: str,
+    env: Mapping[str, str | None] | None = None,
+    name: str = "script.py",
+    cwd: Path | None = None,
+    options: Sequence[str] = (),
+    **popen: Any,
+) -> Script:
+    """Start a real Python with ``source``: text, written to ``tmp_path / name``, or a file's path.
+
+    The same text and name give the same file, so two calls give twins. ``env`` is laid over the
+    test's environment, None removes a variable. ``options`` go to the interpreter, ``popen`` to
+    `subprocess.Popen`. The working directory is ``tmp_path`` unless ``cwd`` is given.
+    """
+    if isinstance(source, Path):
+        path = source
+    else:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = textwrap.dedent(source)
+        if path.exists() and path.read_text("utf-8") != text:
+            raise AssertionError(f"{name} already holds another text: give this one its own name=")
+        path.write_text(text, "utf-8")
+    return run_command(
+        tmp_path, [sys.executable, *options, str(path), *arguments], env=env, cwd=cwd, **popen
+    )
+
+
+def run_command(
+    tmp_path: Path,
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
+    **popen: Any,
+) -> Script:
+    """Start any command, as `run_python` does."""
+    return Script(
+        list(command),
+        log=_free_log(tmp_path),
+        env=environment(env),
+        cwd=tmp_path if cwd is None else cwd,
+        **popen,
+    )
+
+
+def environment(changes: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """A child's environment: the test's own, with ``changes``; None removes a variable."""
+    merged: dict[str, str | None] = {**os.environ, "PYTHONUNBUFFERED": "1", **(changes or {})}
+    return {name: value for name, value in merged.items() if value is not None}
+
+
+def wait_until(
+    predicate: Callable[[], T],
+    timeout: float = PATIENCE,
+    *,
+    what: str | Callable[[], str] = "it",
+    interval: float = 0.005,
+) -> T:
+    """Ask until the answer is true, and return it.
+
+    Raises:
+        AssertionError: It was not within ``timeout`` seconds; ``what`` says what was waited for.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        answer = predicate()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            words = what if isinstance(what, str) else what()
+            raise AssertionError(f"waited {timeout} s for {words}")
+        time.sleep(interval)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process and it is more than a zombie."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(pids: Iterable[int], timeout: float = PATIENCE) -> None:
+    """Wait until none of these processes runs any more."""
+    pids = list(pids)
+    wait_until(
+        lambda: not any(is_running(pid) for pid in pids),
+        timeout,
+        what=lambda: f"the end of {[pid for pid in pids if is_running(pid)]}",
+    )
+
+
+def stop_everything_started(mark: str, before: Collection[psutil.Process] = ()) -> None:
+    """Stop what a test started and left: scripts, our descendants, and whatever carries its mark.
+
+    The mark finds processes whose parents are gone. A process is ours by one of these three, and
+    by nothing else. ``before``: descendants that were there before the test, such as a server
+    that a whole session shares; they stay.
+    """
+    deadline = time.monotonic() + 10.0
+    # More than once, because what is being stopped may be forking.
+    while (ours := _ours(mark, before)) and time.monotonic() < deadline:
+        for process in ours:
+            try:
+                process.kill()  # psutil compares create times first
+            except psutil.Error:
+                pass
+        for script in _started:
+            script.poll()  # before psutil reaps it: the status belongs to the Popen object
+        psutil.wait_procs(ours, timeout=1.0)
+    while _started:
+        _started.pop().stop()
+
+
+def _ours(mark: str, before: Collection[psutil.Process]) -> list[psutil.Process]:
+    me = psutil.Process()
+    found = {process for process in psutil.process_iter() if _carries(process, mark)}
+    found.update(me.children(recursive=True))
+    found.difference_update(before)
+    return [
+        process
+        for process in found
+        if process.pid not in (me.pid, *_helpers_of_multiprocessing()) and is_running(process.pid)
+    ]
+
+
+def _carries(process: psutil.Process, mark: str) -> bool:
+    try:
+        return bool(process.environ().get(TEST_MARK) == mark)
+    except (psutil.Error, OSError):
+        return False
+
+
+def _helpers_of_multiprocessing() -> list[int]:
+    # multiprocessing starts these once for the life of a process and complains when they are gone.
+    pids = []
+    for module, holder, name in (
+        ("multiprocessing.resource_tracker", "_resource_tracker", "_pid"),
+        ("multiprocessing.forkserver", "_forkserver", "_forkserver_pid"),
+    ):
+        pid = getattr(getattr(sys.modules.get(module), holder, None), name, None)
+        if isinstance(pid, int):
+            pids.append(pid)
+    return pids
+
+
+def _free_log(tmp_path: Path) -> Path:
+    for number in itertools.count():
+        log = tmp_path / f"log-{number}"
+        if not log.with_suffix(".out").exists():
+            return log
+    raise AssertionError("unreachable")
