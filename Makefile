@@ -1,0 +1,68 @@
+# One definition of each task, for a laptop and for CI alike.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+JOBS ?= 2
+KILLS ?= 10000
+# Another interpreter for test-gpu, where torch for the GPU is installed elsewhere.
+GPU_PYTHON ?= $(VENV)/bin/python
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
+
+.PHONY: help venv demo test check lint types format test-all-pythons test-gpu chaos bench build clean
+
+help: ## Show this
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+venv: $(INSTALLED) ## Make the development environment, .venv (done by the others when needed)
+
+$(INSTALLED): pyproject.toml requirements-dev.txt requirements-test.txt
+	@echo "Setting up $(VENV); the first time this fetches torch"
+	test -x $(BIN)/python || "$$(scripts/find-python 3.11 3)" -m venv $(VENV)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet -r requirements-dev.txt -e .
+	touch $@
+
+demo: $(INSTALLED) ## Train a small network on real images, protected
+	$(BIN)/python examples/train_digits.py
+
+test: $(INSTALLED) ## Run the tests, documentation and examples included
+	$(PYTEST)
+
+check: lint types test ## Everything that a change must pass
+
+lint: $(INSTALLED) ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED) ## Check the types
+	$(BIN)/mypy orchard_infra
+	$(BIN)/mypy --no-strict-optional --follow-imports=silent examples
+
+format: $(INSTALLED) ## Put the code into the agreed form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-all-pythons: ## Test the built wheel under Python 3.10 to 3.13, without torch
+	scripts/test-all-pythons --numprocesses $(JOBS) --dist loadgroup
+
+test-gpu: $(INSTALLED) ## Run the tests that need a GPU
+	$(GPU_PYTHON) -m pytest -m gpu
+
+chaos: $(INSTALLED) ## Break runs at random for long: KILLS=10000
+	ORCHARD_CHAOS_KILLS=$(KILLS) $(BIN)/pytest tests/chaos -m chaos --capture=no
+
+bench: $(INSTALLED) ## Run every benchmark
+	for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+build: $(INSTALLED) ## Build the distributions into dist/
+	$(BIN)/python -m build
+
+clean: ## Remove what was made here, except .venv
+	rm -rf build dist runs .venvs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
