@@ -1,0 +1,167 @@
+"""Each example runs, and the training example keeps what it promises."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import attrs
+import psutil
+import pytest
+
+from support import Script, run_python, wait_gone, wait_until
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TRAIN_DIGITS = EXAMPLES / "train_digits.py"
+
+
+def test_the_with_block_leaves_nothing_behind(tmp_path: Path, runtime_directory: Path) -> None:
+    script = run_python(tmp_path, EXAMPLES / "with_block.py")
+
+    assert script.finish() == 0, script.transcript()
+    assert "of with-block holds" in script.output
+    assert "lock left behind: False" in script.output
+    assert "scratch file left behind: False" in script.output
+    assert not list(runtime_directory.rglob("*with-block*.lock"))
+
+
+def test_the_decorator_holds_the_project_for_as_long_as_the_body_runs(tmp_path: Path) -> None:
+    script = run_python(tmp_path, EXAMPLES / "decorator.py")
+
+    assert script.finish() == 0, script.transcript()
+    assert script.output.splitlines() == [
+        "loss 0.10",
+        "checkpoint-0 (locked: True)",
+        "checkpoint-1 (locked: True)",
+        "train is still called train; left behind: False",
+    ]
+
+
+def test_an_own_flusher_is_called_at_release(tmp_path: Path) -> None:
+    script = run_python(tmp_path, EXAMPLES / "own_strategy.py")
+
+    assert script.finish() == 0, script.transcript()
+    assert "features in memory: 20" in script.output
+    assert "features in memory after the run: 0" in script.output
+
+
+def test_a_pydantic_model_serves_as_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    script = run_python(tmp_path, EXAMPLES / "pydantic_config.py")
+
+    assert script.finish() == 0, script.transcript()
+    assert "2 epochs under demo.lock" in script.output
+    assert "refused: " in script.output
+    assert "hardware.allow_process_kill" in script.output
+    assert "never reached" not in script.output
+
+
+@attrs.frozen
+class Digits:
+    """Starts the training example with one output directory."""
+
+    tmp_path: Path
+
+    def start(self, *arguments: str) -> Script:
+        return run_python(self.tmp_path, TRAIN_DIGITS, "--output", "out", *arguments)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.tmp_path / "out" / "checkpoint.pt"
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Digits:
+    for module in ("torch", "sklearn", "tqdm"):
+        pytest.importorskip(module)
+    return Digits(tmp_path)
+
+
+def accuracy(script: Script) -> float:
+    match = re.search(r"accuracy +([\d.]+)%", script.output)
+    assert match, script.transcript()
+    return float(match[1])
+
+
+def test_the_training_reaches_its_accuracy_and_reports(digits: Digits) -> None:
+    script = digits.start()
+
+    assert script.finish() == 0, script.transcript()
+    assert accuracy(script) >= 95.0
+    for line in ("prepared    in ", "released    in ", "flushed     heap: ", "checkpoint  out/"):
+        assert line in script.output
+    assert digits.checkpoint.exists()
+    assert [path.name for path in digits.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_second_start_says_who_holds_the_project_and_exits_with_75(digits: Digits) -> None:
+    first = digits.start("--epochs", "1000")
+    wait_until(digits.checkpoint.exists, what=first.transcript)
+
+    second = digits.start("--epochs", "1")
+
+    assert second.finish() == os.EX_TEMPFAIL, second.transcript()
+    assert str(first.pid) in second.error_output
+    assert "Traceback" not in second.error_output
+    assert first.poll() is None
+
+
+def test_another_project_trains_beside_it(digits: Digits) -> None:
+    first = digits.start("--epochs", "1000")
+    wait_until(digits.checkpoint.exists, what=first.transcript)
+
+    second = run_python(
+        digits.tmp_path,
+        TRAIN_DIGITS,
+        *("--project", "other", "--epochs", "1", "--allow-process-kill", "--output", "other"),
+    )
+
+    assert second.finish() == 0, second.transcript()
+    assert first.poll() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_training_writes_a_checkpoint_and_is_resumed(
+    digits: Digits, number: signal.Signals
+) -> None:
+    first = digits.start("--epochs", "1000")
+    wait_until(digits.checkpoint.exists, what=first.transcript)
+    children = psutil.Process(first.pid).children(recursive=True)
+
+    first.send_signal(number)
+
+    assert first.finish() == 128 + number, first.transcript()
+    assert "stopped by" in first.output
+    assert "Traceback" not in first.error_output
+    wait_gone(child.pid for child in children)
+
+    second = digits.start("--epochs", "1000")
+    line = second.wait_for("resumed")
+    assert int(line.split()[2]) > 0
+
+
+def test_a_resumed_training_ends_as_an_uninterrupted_one_does(digits: Digits) -> None:
+    whole = run_python(
+        digits.tmp_path, TRAIN_DIGITS, "--epochs", "4", "--output", "w", "--project", "w"
+    )
+    first = digits.start("--epochs", "2")
+    assert first.finish() == 0, first.transcript()
+    second = digits.start("--epochs", "4")
+    assert second.finish() == 0, second.transcript()
+    assert whole.finish() == 0, whole.transcript()
+
+    assert "resumed" in second.output
+    assert accuracy(second) == accuracy(whole)
+
+
+def test_after_a_kill_the_next_start_is_not_blocked_by_forked_workers(digits: Digits) -> None:
+    first = digits.start("--epochs", "1000")
+    wait_until(digits.checkpoint.exists, what=first.transcript)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    assert workers
+
+    first.kill()
+    second = digits.start("--epochs", "1000", "--allow-process-kill")
+
+    second.wait_for("resumed")
+    assert not any(worker.is_running() for worker in workers)

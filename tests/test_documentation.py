@@ -1,0 +1,230 @@
+"""What the documentation says is what happens.
+
+* A ``python`` block is run, in a process and a directory of its own; by pytest if it defines tests.
+* In a ``console`` block the lines after ``$`` are run by bash, together, in a directory where
+  ``examples`` lies. Other lines are the expected output, if there are any: ``...`` stands for
+  anything, and one number is as good as another.
+* In ``sh`` blocks each ``make`` target and each file named must exist.
+* ``<!-- not run: why -->`` above a block says that it cannot be run; ``<!-- before: ... -->`` is
+  put before its code, for names that a reader need not see defined.
+* The examples in docstrings are doctests.
+* A link leads to a file, and where its text names a test, to that test.
+"""
+
+import ast
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+import orchard_infra
+from support import Script, run_command, run_python
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+_BLOCK = re.compile(
+    r"(?:^<!--\s*(?P<directive>not run|before):(?P<directive_text>(?:(?!-->).)*)-->\n)?"
+    r"^(?P<indent>[ ]*)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+_LINK = re.compile(r"\[(?P<text>[^]]*)\]\((?P<target>[^)\s]+)\)")
+
+
+@attrs.frozen
+class Block:
+    page: str
+    line: int
+    language: str
+    body: str
+    before: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def _blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text("utf-8")
+    for match in _BLOCK.finditer(text):
+        if match["directive"] == "not run":
+            continue
+        yield Block(
+            page=page.relative_to(ROOT).as_posix(),
+            line=text.count("\n", 0, match.start("body")),
+            language=match["language"],
+            body=textwrap.dedent(match["body"]),
+            before=textwrap.dedent(match["directive_text"] or ""),
+        )
+
+
+BLOCKS = [block for page in PAGES if page.exists() for block in _blocks(page)]
+
+
+def _in(*languages: str) -> list[Block]:
+    return [block for block in BLOCKS if block.language in languages]
+
+
+def _modules_with_examples() -> list[str]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = []
+    for info in pkgutil.walk_packages(orchard_infra.__path__, "orchard_infra."):
+        if info.name.endswith(".__main__"):
+            continue
+        try:
+            module = importlib.import_module(info.name)
+        except ImportError:  # an extra that is not installed here
+            continue
+        if any(test.examples for test in finder.find(module)):
+            found.append(info.name)
+    return found
+
+
+def test_the_readme_shows_python_that_can_be_run() -> None:
+    assert (ROOT / "README.md").exists(), "README.md is missing"
+    assert [block for block in _in("python") if block.page == "README.md"]
+
+
+@pytest.mark.parametrize("block", _in("python"), ids=str)
+def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
+    source = f"{block.before}\n{block.body}"
+    _skip_unless_importable(source)
+    if re.search(r"^(async )?def test_", source, re.MULTILINE):
+        (tmp_path / "test_block.py").write_text(source, "utf-8")
+        script = run_command(
+            tmp_path,
+            [sys.executable, "-m", "pytest", "-q", "test_block.py"],
+            env={"PYTHONPATH": str(ROOT / "tests")},
+        )
+    else:
+        script = run_python(tmp_path, source, name="block.py")
+    _expect_success(script)
+
+
+@pytest.mark.parametrize("block", _in("console"), ids=str)
+def test_a_console_block_does_what_it_shows(block: Block, tmp_path: Path) -> None:
+    commands, expected = _session(block.body)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for file in re.findall(r"\bexamples/\w+\.py\b", commands):
+        _skip_unless_importable((ROOT / file).read_text("utf-8"))
+    binaries = Path(sys.executable).parent
+    script = run_command(
+        tmp_path,
+        ["bash", "-euo", "pipefail", "-c", f"exec 2>&1\n{block.before}\n{commands}"],
+        env={"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+    )
+    _expect_success(script)
+    if expected.strip():
+        assert _matches(expected, script.output), f"expected:\n{expected}\ngot:\n{script.output}"
+
+
+@pytest.mark.parametrize("block", _in("sh", "bash", "shell"), ids=str)
+def test_a_shell_block_names_what_exists(block: Block) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE)
+    for line in block.body.splitlines():
+        command = line.split("#")[0]
+        if match := re.match(r"\s*make\b(?P<words>.*)", command):
+            named = [word for word in match["words"].split() if "=" not in word]
+            assert set(named) <= set(targets), line
+        for path in re.findall(
+            r"(?<![\w/])(?:examples|scripts|tests|benchmarks)/[\w./-]+", command
+        ):
+            assert (ROOT / path).exists(), line
+
+
+@pytest.mark.parametrize("name", _modules_with_examples())
+def test_the_examples_in_the_docstrings_are_right(name: str, tmp_path: Path) -> None:
+    script = run_python(
+        tmp_path,
+        """
+        import doctest, importlib, sys
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        failed, attempted = doctest.testmod(importlib.import_module(sys.argv[1]), optionflags=flags)
+        print(attempted, "examples")
+        sys.exit(failed > 0)
+        """,
+        name,
+    )
+    _expect_success(script)
+    assert int(script.output.split()[-2]) > 0
+
+
+@pytest.mark.parametrize("name", sorted(orchard_infra.__all__))
+def test_a_public_name_is_documented(name: str) -> None:
+    thing = getattr(orchard_infra, name)
+    assert thing is not None
+    if isinstance(thing, type) or callable(thing):
+        # attrs and dataclasses make a docstring that only repeats the signature.
+        assert thing.__doc__, name
+        assert not thing.__doc__.startswith((f"{name}(", "Method generated by attrs")), name
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.exists()], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for match in _LINK.finditer(text):
+        target, _, _ = match["target"].partition("#")
+        if not target or re.match(r"[a-z]+:", target):
+            continue
+        path = page.parent / target
+        assert path.exists(), match[0]
+        if path.suffix == ".py":
+            code = path.read_text("utf-8")
+            for test in re.findall(r"\btest_\w+\b(?!\.py)", match["text"]):
+                assert re.search(rf"^\s*(async )?def {test}\(", code, re.MULTILINE), match[0]
+    assert text.strip()
+
+
+def test_expected_output_is_compared_with_numbers_and_ellipses_in_mind() -> None:
+    assert _matches("held by pid 12 since ...\n", "held by pid 4711 since 10:30\n")
+    assert not _matches("held by pid 12\n", "held by nobody\n")
+    assert _session("$ a\n> b\nout\n$ c\n") == ("a\nb\nc", "out\n")
+
+
+def _session(body: str) -> tuple[str, str]:
+    """The commands of a console block, and the output that it shows."""
+    commands: list[str] = []
+    expected: list[str] = []
+    for line in body.splitlines():
+        if line.startswith(("$ ", "> ")):
+            commands.append(line[2:])
+        else:
+            expected.append(line + "\n")
+    return "\n".join(commands), "".join(expected)
+
+
+def _matches(expected: str, found: str) -> bool:
+    def plain(text: str) -> str:
+        return re.sub(r"\d+(\.\d+)*", "0", text)
+
+    return doctest.OutputChecker().check_output(
+        plain(expected), plain(found), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
+
+
+def _skip_unless_importable(source: str) -> None:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        else:
+            continue
+        for name in {name.split(".")[0] for name in names} - {"orchard_infra", "support"}:
+            pytest.importorskip(name)
+
+
+def _expect_success(script: Script) -> None:
+    assert script.stdin is not None
+    script.stdin.close()
+    assert script.finish(timeout=120) == 0, script.transcript()
