@@ -1,0 +1,198 @@
+"""What a run must be told: two attributes, read from any configuration object.
+
+Anything with a ``hardware`` attribute that exposes ``allow_process_kill`` and ``lock_file_path``
+will do: an attrs class, a dataclass, a pydantic model, a `types.SimpleNamespace`, an argparse
+namespace, an OmegaConf node. `EnvironmentConfig` is the package's own; a bare string is taken as
+a project name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+
+from orchard_infra.errors import ConfigurationError
+from orchard_infra.files import runtime_dir
+
+
+@runtime_checkable
+class HardwareAwareConfig(Protocol):
+    """Anything with a ``hardware`` attribute.
+
+    ``hardware`` exposes ``allow_process_kill: bool`` and ``lock_file_path: str | PathLike``;
+    a ``project_name: str`` is used where there is one.
+    """
+
+    @property
+    def hardware(self) -> Any: ...
+
+
+def _project_name(value: object) -> str:
+    return check_project_name(value, "project_name")
+
+
+def _allow_process_kill(value: object) -> bool:
+    return check_bool(value, "allow_process_kill")
+
+
+def _lock_file_path(value: object) -> Path:
+    return check_lock_path(value, "lock_file_path")
+
+
+@attrs.frozen
+class HardwareConfig:
+    """How a run may treat the machine.
+
+    ``lock_file_path`` is derived from the project name unless given, so that two runs of a
+    project meet at one lock.
+
+    >>> HardwareConfig("digits").lock_file_path.name
+    'digits.lock'
+    """
+
+    project_name: str = attrs.field(converter=_project_name)
+    allow_process_kill: bool = attrs.field(
+        default=False, kw_only=True, converter=_allow_process_kill
+    )
+    lock_file_path: Path = attrs.field(
+        default=attrs.Factory(lambda self: default_lock_path(self.project_name), takes_self=True),
+        kw_only=True,
+        converter=_lock_file_path,
+    )
+
+
+@attrs.frozen(init=False)
+class EnvironmentConfig:
+    """A configuration that protects one project.
+
+    Give the project's name, or a whole `HardwareConfig`.
+
+    >>> EnvironmentConfig("digits").hardware.allow_process_kill
+    False
+    >>> EnvironmentConfig(hardware=HardwareConfig("digits")).project_name
+    'digits'
+    """
+
+    hardware: HardwareConfig
+
+    def __init__(
+        self,
+        project_name: str | None = None,
+        *,
+        allow_process_kill: bool = False,
+        lock_file_path: str | os.PathLike[str] | None = None,
+        hardware: HardwareConfig | None = None,
+    ) -> None:
+        if hardware is None:
+            hardware = HardwareConfig(
+                project_name,  # None is refused there, by name
+                allow_process_kill=allow_process_kill,
+                **({} if lock_file_path is None else {"lock_file_path": lock_file_path}),
+            )
+        elif project_name is not None or allow_process_kill or lock_file_path is not None:
+            raise ConfigurationError("give either hardware=, or what it is made of; not both")
+        self.__attrs_init__(hardware)  # type: ignore[attr-defined]
+
+    @property
+    def project_name(self) -> str:
+        return self.hardware.project_name
+
+
+@attrs.frozen
+class Settings:
+    """What was read from a configuration, checked: an absolute path and a real bool."""
+
+    project: str
+    allow_process_kill: bool
+    lock_path: Path
+
+
+def read_config(cfg: object) -> Settings:
+    """Read any configuration, before anything is touched.
+
+    Raises:
+        ConfigurationError: An attribute is missing or of the wrong type.
+    """
+    if isinstance(cfg, str):
+        cfg = EnvironmentConfig(check_project_name(cfg, "cfg"))
+    hardware = _require(cfg, "hardware", "cfg.hardware")
+    lock_path = check_lock_path(
+        _require(hardware, "lock_file_path", "cfg.hardware.lock_file_path"),
+        "cfg.hardware.lock_file_path",
+    )
+    project = getattr(hardware, "project_name", None)
+    if project is None:
+        project = getattr(cfg, "project_name", None)
+    if project is None:
+        project = lock_path.stem
+    return Settings(
+        project=check_project_name(project, "cfg.hardware.project_name"),
+        allow_process_kill=check_bool(
+            _require(hardware, "allow_process_kill", "cfg.hardware.allow_process_kill"),
+            "cfg.hardware.allow_process_kill",
+        ),
+        lock_path=lock_path,
+    )
+
+
+def default_lock_path(project_name: str) -> Path:
+    """Where the lock of a project is unless the configuration says otherwise.
+
+    Names that are not safe as a file name are told apart by a digest.
+
+    >>> default_lock_path("a/b").name
+    'a-b-c14cddc0.lock'
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", project_name)[:80].lstrip(".")
+    if slug != project_name:
+        import hashlib  # loads OpenSSL
+
+        slug += "-" + hashlib.sha256(os.fsencode(project_name)).hexdigest()[:8]
+    return runtime_dir() / "locks" / f"{slug}.lock"
+
+
+def check_project_name(value: object, name: str) -> str:
+    """``value``, if it can name a project; `ConfigurationError` if not."""
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{name} must be a str, not {_found(value)}")
+    if not value.strip() or not value.isprintable() or len(value) > 200:
+        raise ConfigurationError(
+            f"{name} must be 1 to 200 printable characters, not {_found(value)}"
+        )
+    return value
+
+
+def check_lock_path(value: object, name: str) -> Path:
+    """``value`` as an absolute path, links unresolved; `ConfigurationError` if it is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigurationError(f"{name} must be a str or os.PathLike, not {_found(value)}")
+    text = os.fspath(value)
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ConfigurationError(f"{name} must be the path of a file, not {_found(value)}")
+    # Made absolute now: the run may change its directory before the release.
+    return Path(os.path.abspath(os.path.expanduser(text)))
+
+
+def check_bool(value: object, name: str) -> bool:
+    """``value``, if it is a real bool: the string "false" is true, and kills."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False, not {_found(value)}")
+    return value
+
+
+def _require(owner: object, attribute: str, path: str) -> Any:
+    try:
+        return getattr(owner, attribute)
+    except AttributeError:
+        raise ConfigurationError(
+            f"{path} is missing: {_found(owner)} has no attribute {attribute!r}"
+        ) from None
+
+
+def _found(value: object) -> str:
+    text = repr(value)
+    return f"{text[:80]}{'...' if len(text) > 80 else ''} ({type(value).__name__})"

@@ -1,0 +1,194 @@
+"""Files and directories in places where somebody else can plant a trap.
+
+Lock files and run records live in directories such as /tmp. Nothing here follows a link at the
+last component, opens what is not a regular file, or trusts a directory that another user can
+write to.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchard_infra.errors import InfrastructureError
+
+RUNTIME_DIR_VARIABLE = "ORCHARD_INFRA_DIR"
+
+# O_NONBLOCK: opening a FIFO that somebody planted must not hang.
+_SAFE = (
+    getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """The one directory of this user for default locks and run records. Nothing is created.
+
+    ``/tmp/orchard-infra-<uid>``, and not below TMPDIR or XDG_RUNTIME_DIR: two jobs that each have
+    a TMPDIR of their own must still meet, and a nohup run must outlive a logout. The variable
+    ORCHARD_INFRA_DIR names another one.
+
+    >>> runtime_dir({"ORCHARD_INFRA_DIR": "/scratch/locks"}).as_posix()
+    '/scratch/locks'
+    """
+    chosen = environ.get(RUNTIME_DIR_VARIABLE)
+    if chosen:
+        return Path(os.path.abspath(os.path.expanduser(chosen)))
+    if sys.platform == "win32":
+        local = environ.get("LOCALAPPDATA") or os.path.expanduser("~")
+        return Path(local) / "orchard-infra"
+    return Path("/tmp") / f"orchard-infra-{os.geteuid()}"
+
+
+def private_directory(path: Path) -> Path:
+    """Make ``path`` with mode 0700 where it is missing, and refuse it where it is not ours.
+
+    Raises:
+        InfrastructureError: It is a link or no directory, belongs to somebody else, others can
+            write to it, or it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = os.lstat(path)
+    except FileExistsError:
+        found = os.lstat(path)
+    except OSError as error:
+        raise InfrastructureError(
+            f"cannot make the directory {path}: {error.strerror}. "
+            f"Set {RUNTIME_DIR_VARIABLE} to a directory of your own"
+        ) from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise InfrastructureError(f"{path} is {describe_kind(found.st_mode)}, not a directory")
+    if sys.platform != "win32":
+        if found.st_uid != os.geteuid():
+            raise InfrastructureError(
+                f"{path} belongs to {owner_name(found.st_uid)}, not to you. "
+                f"Set {RUNTIME_DIR_VARIABLE} to a directory of your own"
+            )
+        if found.st_mode & 0o022:
+            raise InfrastructureError(
+                f"other users can write to {path} (mode {stat.S_IMODE(found.st_mode):04o}). "
+                f"Run chmod 700 on it, or set {RUNTIME_DIR_VARIABLE} to another directory"
+            )
+    return path
+
+
+def open_existing(path: str | Path, flags: int) -> int:
+    """Open a regular file that exists; its descriptor.
+
+    Raises:
+        FileNotFoundError: There is none.
+        InfrastructureError: What is there is a link, a FIFO, a directory, a device ...
+        OSError: As open(2) says.
+    """
+    # Looked at first, because opening a device can already have an effect.
+    _refuse_unless_regular(path, os.lstat(path).st_mode)
+    try:
+        fd = os.open(path, flags | _SAFE)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InfrastructureError(f"{path} is a symbolic link; it is not followed") from error
+        raise
+    try:
+        _refuse_unless_regular(path, os.fstat(fd).st_mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def create_exclusive(path: str | Path, mode: int) -> int:
+    """Make a file that does not exist yet; its descriptor, open for reading and writing.
+
+    Raises:
+        FileExistsError: Something has that name, be it a dangling link.
+        OSError: As open(2) says.
+    """
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, mode)
+
+
+def same_file(fd: int, path: str | Path) -> bool:
+    """Whether ``path`` still names the file that is open as ``fd``."""
+    try:
+        named = os.lstat(path)
+    except OSError:
+        return False
+    opened = os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def read_bounded(fd: int, limit: int) -> bytes:
+    """At most ``limit`` bytes from the start of a file, wherever its offset stands."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, limit, 0)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return os.read(fd, limit)
+
+
+def write_whole(fd: int, data: bytes) -> None:
+    """Replace the contents of an open file, wherever its offset stands."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.ftruncate(fd, len(data))
+
+
+@functools.lru_cache(maxsize=64)
+def file_system_of(device: int) -> str:
+    """The type of the file system with this device number, such as "ext4" or "nfs4".
+
+    Empty where that cannot be told: no Linux, or a file system that numbers its files by volume
+    (btrfs, overlay). See proc_pid_mountinfo(5).
+    """
+    wanted = f"{os.major(device)}:{os.minor(device)}".encode()
+    try:
+        with open("/proc/self/mountinfo", "rb") as mounts:
+            for line in mounts:
+                fields, _, types = line.partition(b" - ")
+                if fields.split(b" ", 3)[2] == wanted:
+                    return types.split(b" ", 1)[0].decode()
+    except OSError:
+        pass
+    return ""
+
+
+def describe_kind(mode: int) -> str:
+    """What ``st_mode`` says a file is, in words."""
+    for test, words in (
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a character device"),
+        (stat.S_ISBLK, "a block device"),
+    ):
+        if test(mode):
+            return words
+    return "a regular file"
+
+
+@functools.lru_cache(maxsize=64)
+def owner_name(uid: int) -> str:
+    """A user's name and number, for a message; the number alone where it has no name."""
+    try:
+        import pwd
+    except ImportError:
+        return f"uid {uid}"
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _refuse_unless_regular(path: str | Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise InfrastructureError(f"{path} is {describe_kind(mode)}, not a regular file")

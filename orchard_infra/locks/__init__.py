@@ -1,0 +1,1 @@
+"""Locks: the contract (`base`), and one module for each mechanism."""
