@@ -15,9 +15,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from orchard_infra import (
+    Environment,
     EnvironmentConfig,
     EnvironmentLockedError,
     FileLock,
@@ -104,7 +105,7 @@ class Training:
         self.epochs = epochs
         self.done = 0  # steps; an epoch is len(self.loader) of them
 
-    def run(self, env: Any) -> None:
+    def run(self, env: Environment) -> None:
         self.resume()
         total = self.epochs * len(self.loader)
         for _ in progress(self.steps(), self.done, total):
@@ -202,15 +203,16 @@ def progress(losses: Iterator[float], done: int, total: int) -> Iterator[float]:
             yield loss
 
 
-def print_report(env: Any) -> None:
-    report = env.report
-    print(f"prepared    in {report.prepare_seconds * 1000:.0f} ms", end="")
-    print(f", {len(report.sanitized.stopped)} processes stopped" if report.sanitized else "")
+def print_report(env: Environment) -> None:
+    report, flushed = env.report, env.report.flushed
+    stopped = len(report.sanitized.stopped) + len(report.sanitized.killed)
+    print(f"prepared    in {report.prepare_seconds * 1000:.0f} ms, {stopped} processes stopped")
     print(f"released    in {report.release_seconds * 1000:.0f} ms")
-    for memory in report.flushed.devices:
-        print(f"flushed     {memory.device}: {megabytes(memory.before, memory.after)}")
-    if report.flushed.rss_before is not None:
-        print(f"flushed     heap: {megabytes(report.flushed.rss_before, report.flushed.rss_after)}")
+    if flushed is not None:
+        for memory in flushed.devices:
+            print(f"flushed     {memory.device}: {megabytes(memory.before, memory.after)}")
+        if flushed.rss_before is not None and flushed.rss_after is not None:
+            print(f"flushed     memory: {megabytes(flushed.rss_before, flushed.rss_after)}")
 
 
 def megabytes(before: int, after: int) -> str:

@@ -88,7 +88,7 @@ def test_the_training_reaches_its_accuracy_and_reports(digits: Digits) -> None:
 
     assert script.finish() == 0, script.transcript()
     assert accuracy(script) >= 95.0
-    for line in ("prepared    in ", "released    in ", "flushed     heap: ", "checkpoint  out/"):
+    for line in ("prepared    in ", "released    in ", "flushed     memory: ", "checkpoint  out/"):
         assert line in script.output
     assert digits.checkpoint.exists()
     assert [path.name for path in digits.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
