@@ -140,9 +140,10 @@ def run_python(
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         text = textwrap.dedent(source)
-        if path.exists() and path.read_text("utf-8") != text:
+        if not path.exists():  # writing it again would empty it under a process that starts
+            path.write_text(text, "utf-8")
+        elif path.read_text("utf-8") != text:
             raise AssertionError(f"{name} already holds another text: give this one its own name=")
-        path.write_text(text, "utf-8")
     return run_command(
         tmp_path, [sys.executable, *options, str(path), *arguments], env=env, cwd=cwd, **popen
     )

@@ -31,11 +31,13 @@ from orchard_infra.runs import (
     printable,
     read_record,
     to_json,
+    unlock_descriptor,
 )
 
 # A waiter asks this often, in seconds: the lock is its own some 4 ms after the release, for 1 %
 # of a core. The kernel's blocking wait has no time limit and cannot see that the file is gone.
 _POLL = (0.006, 0.010)
+_LOOK_AGAIN = 0.25  # seconds between two looks at who holds it: ten times as dear as a try
 _SAY_AGAIN = 30.0  # seconds between two log lines of a waiter
 _FOREIGN = 4096  # bytes: what a lock file of another program may hold at the most
 
@@ -85,20 +87,23 @@ class FileLock:
             raise _explain(error, path) from error
         began = time.monotonic()
         attempt = _Attempt(path)
-        say_next = began
+        holder = None
+        look_next = say_next = began
         try:
             while True:
                 if attempt.succeeds():
                     return FileLease.take(path, attempt.hand_over(), record, self.interval)
-                holder = attempt.holder()
-                if holder is not None:
-                    _refuse_own(holder, record, path)
-                    if leader_is_dead(holder):
-                        _clear(holder, path, clear_dead)
-                        if attempt.succeeds_within(1.0):
-                            continue
-                        holder = attempt.holder()  # somebody was faster, and has signed by now
                 now = time.monotonic()
+                if now >= look_next:
+                    look_next = now + _LOOK_AGAIN
+                    holder = attempt.holder()
+                    if holder is not None:
+                        _refuse_own(holder, record, path)
+                        if leader_is_dead(holder):
+                            _clear(holder, path, clear_dead)
+                            if attempt.succeeds_within(1.0):
+                                continue
+                            holder = attempt.holder()  # somebody was faster, and has signed
                 if self.timeout is not None and now - began >= self.timeout:
                     raise _locked(path, holder or attempt.holder_soon(), waited=now - began)
                 if now >= say_next:
@@ -274,6 +279,9 @@ class FileLease:
                 else:
                     os.unlink(self.path)
         finally:
+            if os.getpid() == self.record.pid:
+                # By closing alone it would stay locked while a forked child has the descriptor.
+                unlock_descriptor(fd)
             os.close(fd)
 
 
