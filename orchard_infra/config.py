@@ -95,7 +95,7 @@ class EnvironmentConfig:
             )
         elif project_name is not None or allow_process_kill or lock_file_path is not None:
             raise ConfigurationError("give either hardware=, or what it is made of; not both")
-        self.__attrs_init__(hardware)  # type: ignore[attr-defined]
+        self.__attrs_init__(hardware)
 
     @property
     def project_name(self) -> str:

@@ -166,7 +166,7 @@ def from_json(data: bytes) -> tuple[RunRecord, RunState | None]:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     state = fields.get("state")
-    values = {}
+    values: dict[str, Any] = {}
     for field in attrs.fields(RunRecord):
         value = fields.get(field.name, field.default)
         if not _TYPES[field.name](value):

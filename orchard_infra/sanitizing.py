@@ -23,8 +23,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -180,8 +181,8 @@ class GhostSanitizer:
 
     def look_alikes(self, scene: Scene, members: Membership) -> list[Finding]:
         """Twins, relatives and defunct processes, with the reason for each. Only looks."""
-        me = _Look.at(os.getpid())
-        if me is None or me.program is None:
+        me = _Look.at_myself()
+        if me is None:
             return []
         kindred = functools.cache(kin)  # mostly there is nobody to compare it with
         found = []
@@ -200,7 +201,7 @@ class GhostSanitizer:
         return found
 
     def _judge(self, pid: int, cmdline: bytes, me: _Look, members: Membership) -> Finding | None:
-        other = _Look.at(pid, cmdline)
+        other = _Look.at(pid, processes.split_cmdline(cmdline))
         if other is None or other.program is None or me.program is None:
             return None
         if (other.program.kind, other.program.target) != (me.program.kind, me.program.target):
@@ -364,24 +365,33 @@ class _Look:
     environ: dict[str, str]
 
     @classmethod
-    def at(cls, pid: int, cmdline: bytes | None = None) -> _Look | None:
+    def at(cls, pid: int, argv: Sequence[str]) -> _Look | None:
         stat = processes.read_stat(pid)
-        if stat is None:
+        typed = parse_command(argv)
+        if stat is None or typed is None:
             return None
-        typed = parse_command(
-            processes.split_cmdline(processes.read_cmdline(pid) if cmdline is None else cmdline)
-        )
         cwd = processes.read_cwd(pid)
         return cls(
             pid=pid,
             create_time=stat.create_time,
-            program=None if typed is None else resolve(typed, cwd),
+            program=resolve(typed, cwd),
             cwd=cwd,
-            relative=typed is not None
-            and typed.kind == "script"
-            and not os.path.isabs(typed.target),
+            relative=typed.kind == "script" and not os.path.isabs(typed.target),
             environ=processes.read_environ(pid) or {},
         )
+
+    @classmethod
+    def at_myself(cls) -> _Look | None:
+        """What this process runs; None where that is nothing that others may run, too."""
+        me = cls.at(os.getpid(), sys.orig_argv)
+        if me is None or me.program is None:
+            return None
+        # After a chdir a relative script resolves to somebody else's; only this process knows
+        # for itself what it really runs.
+        ran = getattr(sys.modules.get("__main__"), "__file__", None)
+        if me.relative and ran is not None and os.path.realpath(ran) != me.program.target:
+            return None
+        return me
 
     def difference(self, me: _Look) -> str:
         """Why this is no twin of mine; empty when it is one."""
@@ -391,12 +401,10 @@ class _Look:
             return "other arguments"
         if self.cwd != me.cwd:
             return "other working directory"
-        # It may have changed its directory since: then "train.py" was another file.
+        # It, too, may have changed its directory since: then "train.py" was another file.
         started_in = self.environ.get("PWD")
-        alike = started_in == me.environ.get("PWD") or self.cwd == os.path.realpath(
-            started_in or ""
-        )
-        if self.relative and not alike:
+        unmoved = started_in is not None and os.path.realpath(started_in) == self.cwd
+        if self.relative and not unmoved and started_in != me.environ.get("PWD"):
             return "started in another directory"
         if any(self.environ.get(name) != me.environ.get(name) for name in _DEVICE_VARIABLES):
             return "other visible devices"

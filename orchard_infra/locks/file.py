@@ -15,6 +15,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -52,16 +53,14 @@ _NETWORK_FILE_SYSTEMS = frozenset((
 # fmt: on
 
 
-def _valid_timeout(
-    instance: object, attribute: attrs.Attribute[float | None], value: object
-) -> None:
+def _valid_timeout(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"timeout must be a number of seconds >= 0, or None; not {value!r}")
 
 
-def _valid_interval(instance: object, attribute: attrs.Attribute[float], value: float) -> None:
+def _valid_interval(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
     if not value > 0:
         raise ValueError(f"interval must be a number of seconds > 0, not {value!r}")
 
