@@ -9,13 +9,14 @@
     `-- ReleaseError (OSError)   steps of the release failed: .failures
 
 All of them are a `RuntimeError`, so callers that catch ``(OSError, RuntimeError)`` around a run
-keep working. They pickle with their data, so they cross a process pool whole.
+keep working. They pickle with their data, so they cross a process pool whole: what is not in
+``args`` has a default, and travels as state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from orchard_infra.runs import RunRecord, Survivor
@@ -54,13 +55,6 @@ class EnvironmentLockedError(InfrastructureError):
         self.survivors = tuple(survivors)
         self.lock_path = lock_path
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (
-            type(self),
-            self.args,
-            {"holder": self.holder, "survivors": self.survivors, "lock_path": self.lock_path},
-        )
-
 
 class LockLostError(InfrastructureError):
     """The lock was held and is not any more: another run may be writing to the same outputs."""
@@ -68,9 +62,6 @@ class LockLostError(InfrastructureError):
     def __init__(self, message: str, *, lock_path: str | None = None) -> None:
         super().__init__(message)
         self.lock_path = lock_path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, {"lock_path": self.lock_path})
 
 
 class ReleaseError(InfrastructureError, OSError):
@@ -83,12 +74,3 @@ class ReleaseError(InfrastructureError, OSError):
     def __init__(self, message: str, *, failures: Iterable[BaseException] = ()) -> None:
         super().__init__(message)
         self.failures = tuple(failures)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, {"failures": self.failures})
-
-
-def _rebuild(
-    kind: type[InfrastructureError], args: tuple[Any, ...], data: dict[str, Any]
-) -> InfrastructureError:
-    return kind(*args, **data)
