@@ -43,9 +43,7 @@ HOLDER = """
 """
 
 
-def take(
-    path: Path, timeout: float | None = 0.0, record: RunRecord | None = None
-) -> FileLease:
+def take(path: Path, timeout: float | None = 0.0, record: RunRecord | None = None) -> FileLease:
     return FileLock(timeout).acquire(
         path,
         record or describe_this_run("digits"),
@@ -71,7 +69,8 @@ def test_a_contender_is_told_who_holds_the_lock(tmp_path):
     with pytest.raises(EnvironmentLockedError) as caught:
         take(path)
     error = caught.value
-    assert error.holder is not None and error.holder.pid == holder.pid
+    assert error.holder is not None
+    assert error.holder.pid == holder.pid
     assert error.lock_path == str(path)
     for word in (str(holder.pid), socket.gethostname(), "script.py", str(tmp_path), "kill"):
         assert word in str(error)
@@ -126,7 +125,8 @@ def test_a_waiter_costs_little_and_is_served_soon(tmp_path):
     wait_until(lambda: time.monotonic() - began > 2.0)
     after, waited = process.cpu_times(), time.monotonic() - began
     used = after.user + after.system - before.user - before.system
-    assert used / waited <= 0.02 + 0.01 / waited  # and one tick of the kernel's clock
+    assert used / waited <= 0.02 + 0.01 / waited  #
+    assert one tick of the kernel's clock
     holder.tell()
     waiter.wait_for("held", timeout=5.0)
 
@@ -134,7 +134,7 @@ def test_a_waiter_costs_little_and_is_served_soon(tmp_path):
 def test_the_same_lock_twice_in_one_process_is_a_clear_error_also_when_waiting(tmp_path):
     path = tmp_path / "x.lock"
     lease = take(path)
-    with pytest.raises(EnvironmentLockedError, match="this process .* already holds"):
+    with pytest.raises(EnvironmentLockedError, match=r"this process .* already holds"):
         take(path, timeout=None)
     lease.release()
     take(path).release()
@@ -201,7 +201,8 @@ def test_a_lock_that_children_inherited_is_free_once_it_is_released(tmp_path, mo
         os._exit(0)
     os.close(read)
     lease.release()
-    assert path.exists() and path.read_bytes() == b""
+    assert path.exists()
+    assert path.read_bytes() == b""
     take(path).release()
     os.close(write)
     os.waitpid(child, 0)

@@ -1,0 +1,306 @@
+"""Ghosts, twins, relatives and bystanders: real processes, with killing allowed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import Script, is_running, run_command, run_python, wait_gone, wait_until
+
+# Sleeps as a ghost without ever entering, or enters and prints its report. Which of the two is
+# decided by a file, since twins have the same arguments.
+TRAIN = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+
+    if os.environ.get("ROLE") == "ghost":
+        if os.environ.get("STUBBORN"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("ready", flush=True)
+        while True:
+            signal.pause()
+
+    from orchard_infra import (
+        EnvironmentConfig, EnvironmentLockedError, GhostSanitizer, InfrastructureManager,
+        managed_environment,
+    )
+
+    options = json.loads(os.environ.get("SANITIZER", "{}"))
+    cfg = EnvironmentConfig(
+        os.environ.get("PROJECT", "digits"), allow_process_kill=os.environ.get("KILL") != "no"
+    )
+    manager = InfrastructureManager(sanitizer=GhostSanitizer(**options))
+    try:
+        with managed_environment(cfg, manager=manager) as env:
+            report = env.report.sanitized
+            print("report", json.dumps({
+                outcome: {f.pid: [f.evidence, f.reason] for f in getattr(report, outcome)}
+                for outcome in ("stopped", "killed", "spared", "defunct", "denied")
+            }), flush=True)
+            if os.environ.get("STAY"):
+                sys.stdin.readline()
+    except EnvironmentLockedError as error:
+        print("locked", error.holder.pid, flush=True)
+        sys.exit(75)
+"""
+
+
+def train(tmp_path: Path, *arguments: str, **environ: str) -> Script:
+    return run_python(tmp_path, TRAIN, *arguments, name="train.py", env=environ)
+
+
+def ghost(tmp_path: Path, *arguments: str, **environ: str) -> Script:
+    process = train(tmp_path, *arguments, ROLE="ghost", **environ)
+    process.wait_for("ready")
+    return process
+
+
+def report_of(run: Script) -> dict[str, dict[str, Any]]:
+    return json.loads(run.wait_for("report ").removeprefix("report "))
+
+
+def test_a_twin_is_stopped(tmp_path):
+    twin = ghost(tmp_path, "--lr", "3")
+    report = report_of(train(tmp_path, "--lr", "3"))
+    assert str(twin.pid) in report["stopped"]
+    assert twin.finish() == -signal.SIGTERM
+
+
+def test_a_twin_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
+    twin = ghost(tmp_path, STUBBORN="1")
+    report = report_of(train(tmp_path, SANITIZER='{"grace": 0.2}'))
+    assert str(twin.pid) in report["killed"]
+    assert twin.finish() == -signal.SIGKILL
+
+
+def test_a_twin_is_reported_and_spared_unless_killing_is_allowed(tmp_path):
+    twin = ghost(tmp_path)
+    run = train(tmp_path, KILL="no")
+    evidence, reason = report_of(run)["spared"][str(twin.pid)]
+    assert evidence == "twin"
+    assert "allow_process_kill" in reason
+    run.finish()
+    assert f"pid {twin.pid}" in run.error_output  #
+    assert the user is warned
+    assert is_running(twin.pid)
+
+
+def test_a_dry_run_sends_no_signal(tmp_path):
+    twin = ghost(tmp_path)
+    report = report_of(train(tmp_path, SANITIZER='{"dry_run": true}'))
+    assert report["spared"][str(twin.pid)] == ["twin", "not stopped: dry run"]
+    assert is_running(twin.pid)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("SLURM_JOB_ID", "7"),
+        ("PBS_JOBID", "7"),
+        ("LSB_JOBID", "7"),
+        ("KUBERNETES_SERVICE_HOST", "x"),
+    ],
+)
+def test_nothing_is_killed_on_shared_compute(tmp_path, variable, value):
+    twin = ghost(tmp_path)
+    report = report_of(train(tmp_path, **{variable: value}))
+    evidence, reason = report["spared"][str(twin.pid)]
+    assert evidence == "twin"
+    assert variable in reason
+    assert is_running(twin.pid)
+
+
+def test_nothing_is_killed_under_a_distributed_launcher(tmp_path):
+    twin = ghost(tmp_path)
+    report = report_of(train(tmp_path, RANK="0", WORLD_SIZE="2"))
+    assert report["spared"][str(twin.pid)][0] == "twin"
+    assert is_running(twin.pid)
+
+
+def test_a_relative_with_other_arguments_is_spared_with_a_warning(tmp_path):
+    relative = ghost(tmp_path, "--lr", "1")
+    run = train(tmp_path, "--lr", "2")
+    assert report_of(run)["spared"][str(relative.pid)] == ["relative", "other arguments"]
+    run.finish()
+    assert f"pid {relative.pid}" in run.error_output
+    assert is_running(relative.pid)
+
+
+def test_match_script_stops_relatives_too(tmp_path):
+    relative = ghost(tmp_path, "--lr", "1")
+    report = report_of(train(tmp_path, "--lr", "2", SANITIZER='{"match": "script"}'))
+    assert str(relative.pid) in report["stopped"]
+    relative.finish()
+
+
+def test_other_visible_devices_make_no_twin(tmp_path):
+    other = ghost(tmp_path, CUDA_VISIBLE_DEVICES="1")
+    report = report_of(train(tmp_path, CUDA_VISIBLE_DEVICES="0"))
+    assert report["spared"][str(other.pid)] == ["relative", "other visible devices"]
+    assert is_running(other.pid)
+
+
+def test_an_unrelated_project_s_train_py_is_left_alone(tmp_path):
+    """The re-imagined system resolves its relative name against its own directory, and kills."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "train.py").write_text(
+        "print('ready', flush=True)\nimport signal\nsignal.pause()\n"
+    )
+    stranger = run_command(tmp_path, [sys.executable, "train.py"], cwd=elsewhere)
+    stranger.wait_for("ready")
+    train(tmp_path, ROLE="ghost").wait_for("ready")  # writes tmp_path/train.py
+    run = run_command(tmp_path, [sys.executable, "train.py"], cwd=tmp_path)
+    report = report_of(run)
+    run.finish()
+    assert all(str(stranger.pid) not in outcome for outcome in report.values())
+    assert is_running(stranger.pid)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tail", "-f", "train.py"],
+        [
+            "python",
+            "-c",
+            "import signal, sys; print('ready', flush=True); signal.pause()",
+            "train.py",
+        ],
+        ["python", "other.py", "train.py"],
+        ["python", "-i", "train.py"],
+        ["python", "-m", "pdb", "train.py"],
+    ],
+    ids=lambda command: " ".join(command)[:20],
+)
+def test_who_only_mentions_the_script_is_nobody_s_twin(tmp_path, command):
+    (tmp_path / "other.py").write_text(
+        "import signal\nprint('ready', flush=True)\nsignal.pause()\n"
+    )
+    ghost(tmp_path).stop()  # writes train.py
+    command = [sys.executable if word == "python" else word for word in command]
+    bystander = run_command(tmp_path, command, env={"ROLE": "ghost"})
+    if "-f" not in command and "pdb" not in command:
+        bystander.wait_for("ready")
+    report = report_of(train(tmp_path))
+    assert all(str(bystander.pid) not in outcome for outcome in report.values())
+    assert is_running(bystander.pid)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+def test_root_touches_no_other_user(tmp_path):
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:3]:
+        parent.chmod(0o755)
+    ghost(tmp_path).stop()
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin:/bin")  # one he may run, too
+    if python is None:
+        pytest.skip("needs another user who can run Python: no python3 outside of our home")
+    script = str(tmp_path / "train.py")
+    other = run_command(tmp_path, [python, script], env={"ROLE": "ghost"}, user=65534)
+    other.wait_for("ready")
+    report = report_of(train(tmp_path))
+    assert all(str(other.pid) not in outcome for outcome in report.values())
+    assert is_running(other.pid)
+
+
+def test_a_live_run_of_another_project_is_sacred_although_it_is_a_twin(tmp_path):
+    first = train(tmp_path, PROJECT="one", STAY="1")
+    report_of(first)
+    report = report_of(train(tmp_path, PROJECT="two"))
+    evidence, reason = report["spared"][str(first.pid)]
+    assert evidence == "look-alike"
+    assert "running run of project one" in reason
+    assert is_running(first.pid)
+
+
+def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
+    (tmp_path / "x").touch()
+    for _ in range(3):
+        runs = [train(tmp_path, STAY="1") for _ in range(3)]
+        wait_until(
+            lambda runs=runs: all("report" in r.output or "locked" in r.output for r in runs)
+        )
+        holders = [run for run in runs if "report" in run.output]
+        assert len(holders) == 1
+        for run in runs:
+            if run is holders[0]:
+                run.tell()
+                assert run.finish() == 0
+            else:
+                assert run.finish() == 75, run.transcript()
+
+
+def test_a_defunct_process_is_named_with_the_parent_that_should_reap_it(tmp_path):
+    parent = run_python(
+        tmp_path,
+        """
+        import os, signal, subprocess, sys
+        child = subprocess.Popen([sys.executable, "-c", "pass"])
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        print("defunct", child.pid, flush=True)
+        signal.pause()
+        """,
+        name="parent.py",
+    )
+    pid = parent.wait_for("defunct").split()[1]
+    evidence, reason = report_of(train(tmp_path))["defunct"][pid]
+    assert evidence == "defunct"
+    assert str(parent.pid) in reason
+
+
+def test_workers_of_one_pool_are_no_twins_of_each_other(tmp_path):
+    pool = run_python(
+        tmp_path,
+        """
+        import multiprocessing, os, time
+        from orchard_infra import EnvironmentConfig, managed_environment
+
+        def work(number, others):
+            if number == 0:
+                others.wait()
+                with managed_environment(EnvironmentConfig("pool", allow_process_kill=True)) as env:
+                    return len(env.report.sanitized.stopped)
+            others.wait()
+            time.sleep(0.3)
+            return os.getpid()
+
+        if __name__ == "__main__":
+            context = multiprocessing.get_context("fork")
+            with context.Manager() as manager, context.Pool(3) as workers:
+                barrier = manager.Barrier(3)
+                print("done", workers.starmap(work, [(n, barrier) for n in range(3)], chunksize=1))
+        """,
+        name="pool.py",
+    )
+    pool.wait_for("done [0, ")
+    assert pool.finish() == 0
+
+
+def test_a_ghost_s_tree_goes_with_it(tmp_path):
+    tree = run_python(
+        tmp_path,
+        """
+        import os, signal, subprocess, sys
+        if os.environ.get("ROLE") == "ghost":
+            child = subprocess.Popen(["sleep", "1000"])
+            print("child", child.pid, flush=True)
+            signal.pause()
+        from orchard_infra import EnvironmentConfig, managed_environment
+        with managed_environment(EnvironmentConfig("tree", allow_process_kill=True)):
+            print("in", flush=True)
+        """,
+        name="tree.py",
+        env={"ROLE": "ghost"},
+    )
+    child = int(tree.wait_for("child").split()[1])
+    run = run_python(tmp_path, tmp_path / "tree.py")
+    run.wait_for("in")
+    wait_gone([tree.pid, child])
