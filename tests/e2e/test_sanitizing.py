@@ -87,8 +87,7 @@ def test_a_twin_is_reported_and_spared_unless_killing_is_allowed(tmp_path):
     assert evidence == "twin"
     assert "allow_process_kill" in reason
     run.finish()
-    assert f"pid {twin.pid}" in run.error_output  #
-    assert the user is warned
+    assert f"pid {twin.pid}" in run.error_output  # the user is warned
     assert is_running(twin.pid)
 
 
