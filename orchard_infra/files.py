@@ -56,9 +56,10 @@ def private_directory(path: Path) -> Path:
             write to it, or it cannot be made.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = os.lstat(path)
-    except FileExistsError:
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            pass  # here, or further up: what it is, and whether it is here, is seen next
         found = os.lstat(path)
     except OSError as error:
         raise InfrastructureError(
