@@ -10,66 +10,27 @@ composes one strategy for each job: `GhostSanitizer`, `FileLock`, `TorchCacheFlu
 `TemporaryArtifacts` and `SignalStop`. Bring your own for any of them, or None.
 """
 
-from orchard_infra._version import __version__
-from orchard_infra.artifacts import Cleaner, CleanReport, TemporaryArtifacts
-from orchard_infra.config import EnvironmentConfig, HardwareAwareConfig, HardwareConfig
-from orchard_infra.context import managed_environment
-from orchard_infra.devices import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
-from orchard_infra.environment import Environment, Report
-from orchard_infra.errors import (
-    ConfigurationError,
-    EnvironmentLockedError,
-    InfrastructureError,
-    LockLostError,
-    ReleaseError,
-)
-from orchard_infra.launch import Launch
-from orchard_infra.locks.base import Lease, Locker
-from orchard_infra.locks.file import FileLock
-from orchard_infra.manager import InfraManagerProtocol, InfrastructureManager
-from orchard_infra.runs import RegisteredRun, RunRecord, RunRegistry, RunState, Survivor
-from orchard_infra.sanitizing import Finding, GhostSanitizer, Sanitizer, SanitizeReport, Scene
-from orchard_infra.stopping import RunStopped, SignalStop, Stopper, StopRequest, StopWatch
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "CleanReport",
-    "Cleaner",
-    "ConfigurationError",
-    "DeviceMemory",
-    "Environment",
-    "EnvironmentConfig",
-    "EnvironmentLockedError",
-    "FileLock",
-    "Finding",
-    "FlushReport",
-    "Flusher",
-    "GhostSanitizer",
-    "HardwareAwareConfig",
-    "HardwareConfig",
-    "InfraManagerProtocol",
-    "InfrastructureError",
-    "InfrastructureManager",
-    "Launch",
-    "Lease",
-    "LockLostError",
-    "Locker",
-    "RegisteredRun",
-    "ReleaseError",
-    "Report",
-    "RunRecord",
-    "RunRegistry",
-    "RunState",
-    "RunStopped",
-    "SanitizeReport",
-    "Sanitizer",
-    "Scene",
-    "SignalStop",
-    "StopRequest",
-    "StopWatch",
-    "Stopper",
-    "Survivor",
-    "TemporaryArtifacts",
-    "TorchCacheFlusher",
-    "__version__",
-    "managed_environment",
-]
+from orchard_infra._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from orchard_infra._public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> object:
+    """Load the package when the first of its names is used (PEP 562).
+
+    pytest loads our plugin, and with it this module, in every project on the machine: that must
+    not cost them attrs, psutil and all the rest.
+    """
+    if not name.startswith("_") or name == "__all__":
+        public = import_module("orchard_infra._public")
+        if name == "__all__" or name in public.__all__:
+            return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *import_module("orchard_infra._public").__all__])

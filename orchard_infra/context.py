@@ -99,16 +99,17 @@ class managed_environment:
                 with self._again():
                     inner = function(*args, **kwargs)
                     try:
-                        step = inner.__anext__()
+                        item = await inner.__anext__()
                         while True:
+                            # Nothing but the yield is tried: what the caller throws goes in.
                             try:
-                                sent = yield await step
+                                sent = yield item
                             except GeneratorExit:
                                 raise
                             except BaseException as error:
-                                step = inner.athrow(error)
+                                item = await inner.athrow(error)
                             else:
-                                step = inner.asend(sent)
+                                item = await inner.asend(sent)
                     except StopAsyncIteration:
                         return
                     finally:

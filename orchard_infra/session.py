@@ -34,7 +34,7 @@ from orchard_infra.runs import (
     describe_this_run,
 )
 from orchard_infra.sanitizing import Sanitizer, Scene
-from orchard_infra.stopping import Stopper
+from orchard_infra.stopping import Stopper, StopWatch
 
 
 @attrs.define(eq=False)
@@ -58,6 +58,7 @@ class Session:
     env: Environment = attrs.field(init=False)
     _steps: contextlib.ExitStack = attrs.field(factory=contextlib.ExitStack)
     _failures: list[BaseException] = attrs.field(factory=list)
+    _watch: StopWatch | None = None
     _held_signal: BaseException | None = None
     _error: BaseException | None = None
     _error_at_prepare: BaseException | None = attrs.field(factory=lambda: sys.exc_info()[1])
@@ -74,17 +75,15 @@ class Session:
     def _prepare(self) -> None:
         registry = RunRegistry()
         if self.stopper is not None:
-            watch = self.stopper.arm(self.logger)
+            self._watch = self.stopper.arm(self.logger)
             self._undo("signal handlers", self._disarm)
-        else:
-            watch = None
         joined = self._run_to_join(registry)
         if joined is not None:
-            self._begin(joined, watch, joined=True)
+            self._begin(joined, joined=True)
             self._undo("device caches", self._flush)
             return
         scene = self._describe(registry)
-        self._begin(scene.record, watch)
+        self._begin(scene.record)
         registration = registry.register(scene.record)
         self._undo("run record", registration.close)
         self._put_run_id(scene.record.run_id)
@@ -107,8 +106,8 @@ class Session:
             return
         began = time.perf_counter()
         self._error = None if error is self._error_at_prepare else error
-        if self.env._watch is not None:
-            self.env._watch.hold()
+        if self._watch is not None:
+            self._watch.hold()
         self._steps.close()
         self.env.report.release_seconds = time.perf_counter() - began
         self.env.report.failures = tuple(self._failures)
@@ -139,14 +138,14 @@ class Session:
 
         self._steps.callback(carry_out)
 
-    def _begin(self, record: RunRecord, watch: object, *, joined: bool = False) -> None:
+    def _begin(self, record: RunRecord, *, joined: bool = False) -> None:
         self.env = Environment(
             run=record,
             lock_path=self.settings.lock_path,
             tmp_dir=Path(record.tmp_dir) if record.tmp_dir else None,
             joined=joined,
             logger=self.logger,
-            watch=watch,
+            watch=self._watch,
         )
 
     def _run_to_join(self, registry: RunRegistry) -> RunRecord | None:
@@ -289,5 +288,5 @@ class Session:
         )
 
     def _disarm(self) -> None:
-        if self.env._watch is not None:
-            self._held_signal = self.env._watch.disarm()
+        if self._watch is not None:
+            self._held_signal = self._watch.disarm()
