@@ -119,20 +119,15 @@ def read_config(cfg: object) -> Settings:
     """
     if isinstance(cfg, str):
         cfg = EnvironmentConfig(check_project_name(cfg, "cfg"))
-    hardware = _require(cfg, "hardware", "cfg.hardware")
+    hardware = _read(cfg, "hardware", "cfg.hardware")
     lock_path = check_lock_path(
-        _require(hardware, "lock_file_path", "cfg.hardware.lock_file_path"),
+        _read(hardware, "lock_file_path", "cfg.hardware.lock_file_path"),
         "cfg.hardware.lock_file_path",
     )
-    project = getattr(hardware, "project_name", None)
-    if project is None:
-        project = getattr(cfg, "project_name", None)
-    if project is None:
-        project = lock_path.stem
     return Settings(
-        project=check_project_name(project, "cfg.hardware.project_name"),
+        project=_project_of(cfg, hardware, lock_path),
         allow_process_kill=check_bool(
-            _require(hardware, "allow_process_kill", "cfg.hardware.allow_process_kill"),
+            _read(hardware, "allow_process_kill", "cfg.hardware.allow_process_kill"),
             "cfg.hardware.allow_process_kill",
         ),
         lock_path=lock_path,
@@ -148,7 +143,8 @@ def default_lock_path(project_name: str) -> Path:
     'a-b-c14cddc0.lock'
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", project_name)[:80].lstrip(".")
-    if slug != project_name:
+    # A name that ends like a digest would meet the file of the name that has that digest.
+    if slug != project_name or re.search(r"-[0-9a-f]{8}$", slug):
         import hashlib  # loads OpenSSL
 
         slug += "-" + hashlib.sha256(os.fsencode(project_name)).hexdigest()[:8]
@@ -170,11 +166,19 @@ def check_lock_path(value: object, name: str) -> Path:
     """``value`` as an absolute path, links unresolved; `ConfigurationError` if it is none."""
     if not isinstance(value, (str, os.PathLike)):
         raise ConfigurationError(f"{name} must be a str or os.PathLike, not {_found(value)}")
-    text = os.fspath(value)
-    if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise ConfigurationError(f"{name} must be the path of a file, not {_found(value)}")
-    # Made absolute now: the run may change its directory before the release.
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    try:
+        text = os.fspath(value)
+        if not isinstance(text, str) or not text.strip() or b"\0" in os.fsencode(text):
+            raise ValueError("it is empty, no text, or has a NUL in it")
+        # Made absolute now: the run may change its directory before the release.
+        path = Path(os.path.abspath(os.path.expanduser(text)))
+        if not path.name:
+            raise ValueError("it is a directory")
+    except Exception as error:  # the value's own code runs, and the directory may be gone
+        raise ConfigurationError(
+            f"{name} must be the path of a file, not {_found(value)}: {str(error)[:200]}"
+        ) from error
+    return path
 
 
 def check_bool(value: object, name: str) -> bool:
@@ -184,15 +188,31 @@ def check_bool(value: object, name: str) -> bool:
     return value
 
 
-def _require(owner: object, attribute: str, path: str) -> Any:
+def _project_of(cfg: object, hardware: object, lock_path: Path) -> str:
+    for owner, path in ((hardware, "cfg.hardware.project_name"), (cfg, "cfg.project_name")):
+        name = _read(owner, "project_name", path, None)
+        if name is not None:
+            return check_project_name(name, path)
+    shown = "".join(c if c.isprintable() else "?" for c in lock_path.stem)
+    return shown[:200].strip() or "?"
+
+
+def _read(owner: object, attribute: str, path: str, *default: object) -> Any:
     try:
-        return getattr(owner, attribute)
+        return getattr(owner, attribute, *default)
     except AttributeError:
         raise ConfigurationError(
             f"{path} is missing: {_found(owner)} has no attribute {attribute!r}"
         ) from None
+    except Exception as error:  # a property, or an interpolation, that fails
+        raise ConfigurationError(
+            f"{path} cannot be read: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
 
 
 def _found(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:
+        text = "something that cannot be shown"
     return f"{text[:80]}{'...' if len(text) > 80 else ''} ({type(value).__name__})"
