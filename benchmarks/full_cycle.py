@@ -1,0 +1,40 @@
+"""A full cycle with all defaults, on a machine with 1,500 other processes.
+
+Prepare looks at every process for ghosts of this script, release for leftovers. It is compared
+to one psutil.process_iter scan, which is what a search by name costs at the least, and to merely
+reading every command line. All processes are our own here, nine in ten are `sleep` and one in
+ten is another Python script; other users' processes would be cheaper.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from _crowd import crowd
+from _cycles import CMDLINES, CMDLINES_RAW, DEFAULT, FIRST_SCAN, LATER_SCAN, NO_FLUSH, measured
+from _harness import Goal, Outcome, main, process_count, ratio
+
+CROWD = 1500
+
+
+def measure(quick: bool, directory: Path) -> Outcome:
+    size = 100 if quick else CROWD
+    with crowd(sleeping=size * 9 // 10, pythons=size // 10):
+        found = process_count()
+        samples = measured(
+            3 if quick else 15, DEFAULT, NO_FLUSH, FIRST_SCAN, LATER_SCAN, CMDLINES, CMDLINES_RAW
+        )
+    outcome = Outcome(base=LATER_SCAN)
+    outcome.add(samples, "ms", 1e3)
+    outcome.notes = [f"{found} processes on the machine"]
+    for name in (DEFAULT, NO_FLUSH):
+        outcome.goals += [
+            Goal(f"{name}, against {LATER_SCAN}", ratio(samples, name, LATER_SCAN), 0.5),
+            Goal(f"{name}, against {CMDLINES}", ratio(samples, name, CMDLINES), 3),
+        ]
+    return outcome
+
+
+if __name__ == "__main__":
+    sys.exit(main(__file__, __doc__, measure))
