@@ -2,7 +2,9 @@
 
 A process belongs to a run when it leads it, descends from its leader, was started with the
 run's id in its environment, or holds the run's own record file open, as forked children do.
-The lock file proves nothing: whoever waits for the lock has it open, too.
+The lock file proves nothing: whoever waits for the lock has it open, too. Nor does an open record
+file alone prove guilt, since whoever reads the registry has it open for a moment: a survivor has
+inherited the very description that the leader locked.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Membership:
             return
         # Only a lock that is still held has a holder to look for, and looking is dear.
         held = {run.file: run for run in by_id.values() if run.state is RunState.SURVIVORS}
+        locked_by = {file: run.record.pid for file, run in held.items()}
         near = kin()
         for pid in own_pids():
             if pid in near:
@@ -60,7 +63,7 @@ class Membership:
             if run_id is not None:
                 run, evidence = by_id[run_id], "started by the run"
             else:
-                file = processes.has_open(pid, frozenset(held)) if held else None
+                file = processes.has_inherited(pid, locked_by) if held else None
                 if file is None:
                     continue
                 run, evidence = held[file], "forked by the run"
@@ -120,7 +123,7 @@ def orphans_of(run: RegisteredRun | None, run_id: str) -> Iterator[ProcessIdenti
     which files they have open.
     """
     own = processes.raw_environ(os.getpid())
-    files = frozenset([run.file]) if run else frozenset()
+    files = {run.file: run.record.pid} if run else {}
     marker = f"{RUN_ID_VARIABLE}={run_id}".encode()
     for pid in own_pids():
         environ = processes.raw_environ(pid)
@@ -128,7 +131,7 @@ def orphans_of(run: RegisteredRun | None, run_id: str) -> Iterator[ProcessIdenti
             continue
         belongs = marker in environ.split(b"\0") if marker in environ else False
         forked = environ == own or not environ.strip(b"\0")
-        if belongs or (forked and files and processes.has_open(pid, files)):
+        if belongs or (forked and files and processes.has_inherited(pid, files)):
             identity = processes.identity_of(pid)
             if identity is not None and processes.is_alive(identity):
                 yield identity

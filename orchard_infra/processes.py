@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import attrs
@@ -45,6 +45,7 @@ class Stat:
     state: str
     ppid: int
     create_time: float
+    threads: int = 1
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -58,7 +59,7 @@ def read_stat(pid: int) -> Stat | None:
     name_end = data.rfind(b")")
     name = data[data.find(b"(") + 1 : name_end].decode(errors="replace")
     fields = data[name_end + 2 :].split()
-    return Stat(name, fields[0].decode(), int(fields[1]), int(fields[19]) / _TICKS)
+    return Stat(name, fields[0].decode(), int(fields[1]), int(fields[19]) / _TICKS, int(fields[17]))
 
 
 def identity_of(pid: int) -> ProcessIdentity | None:
@@ -74,8 +75,11 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 def is_defunct(stat: Stat) -> bool:
-    """Whether the process is dead and not yet reaped (states Z and X of proc(5))."""
-    return stat.state in ("Z", "X")
+    """Whether the process is dead and not yet reaped (states Z and X of proc(5)).
+
+    A process shows its first thread's state, and may live on in the others without that one.
+    """
+    return stat.state in ("Z", "X") and stat.threads <= 1
 
 
 def now() -> float:
@@ -183,8 +187,14 @@ def read_uids(pid: int) -> tuple[int, int] | None:
 
 
 def pid_namespace(pid: int | str = "self") -> int:
-    """The inode of the process's pid namespace; 0 where there is none or we may not know."""
+    """The inode of the process's pid namespace; 0 where there is none or we may not know.
+
+    Our own is 0, too, when /proc is that of another namespace (`unshare --pid` without a mount):
+    its numbers are not those that kill(2) takes.
+    """
     try:
+        if pid == "self" and os.readlink("/proc/self") != str(os.getpid()):
+            return 0
         return os.stat(f"/proc/{pid}/ns/pid").st_ino
     except OSError:
         return 0
@@ -232,18 +242,17 @@ def descendants(roots: Iterable[int]) -> dict[int, ProcessIdentity]:
 
 def children_of(pid: int) -> set[int]:
     """The children of a process, by a cheap look that may miss one while another one exits."""
-    if not _LINUX:
-        return {child for child in all_pids() if (stat := read_stat(child)) and stat.ppid == pid}
-    found: set[int] = set()
-    try:
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            children = _read(f"/proc/{pid}/task/{thread}/children")
-            if children is None:  # a kernel without CONFIG_PROC_CHILDREN
-                return set(descendants([pid]))
-            found.update(map(int, children.split()))
-    except OSError:
-        pass
-    return found
+    if _LINUX:
+        try:
+            threads = os.listdir(f"/proc/{pid}/task")
+        except OSError:
+            return set()
+        lists = [_read(f"/proc/{pid}/task/{thread}/children") for thread in threads]
+        known = [children for children in lists if children is not None]
+        # Else a thread has ended meanwhile, or the kernel is without CONFIG_PROC_CHILDREN.
+        if len(known) == len(lists):
+            return set(map(int, b" ".join(known).split()))
+    return {child for child in all_pids() if (stat := read_stat(child)) and stat.ppid == pid}
 
 
 def has_open(pid: int, files: frozenset[tuple[int, int]]) -> tuple[int, int] | None:
@@ -251,6 +260,29 @@ def has_open(pid: int, files: frozenset[tuple[int, int]]) -> tuple[int, int] | N
 
     The link under ``/proc/PID/fd`` leads to the file itself, also when its name is gone.
     """
+    return next((file for _, file in _open_files(pid) if file in files), None)
+
+
+def has_inherited(pid: int, files: Mapping[tuple[int, int], int]) -> tuple[int, int] | None:
+    """Which of these files a process has open by way of the process that locked it, or None.
+
+    Each file, named by (device, inode), comes with the pid that locked it. Whoever opens the file
+    by itself gets a description of its own, without that lock: a reader has inherited nothing.
+    See proc_pid_fdinfo(5); the pid that it shows is 0 when that process is not to be seen here.
+    """
+    for fd, file in _open_files(pid):
+        if file not in files:
+            continue
+        for line in (_read(f"/proc/{pid}/fdinfo/{fd}") or b"").splitlines():
+            match line.split():  # lock: 1: FLOCK ADVISORY WRITE 4242 fe:00:1234 0 EOF
+                case [b"lock:", _, b"FLOCK", _, b"WRITE", locker, *_]:
+                    if int(locker) in (0, files[file]):
+                        return file
+    return None
+
+
+def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The number of each open descriptor, with the device and inode of its file."""
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:
             for entry in entries:
@@ -258,11 +290,9 @@ def has_open(pid: int, files: frozenset[tuple[int, int]]) -> tuple[int, int] | N
                     stat = os.stat(entry.path)
                 except OSError:
                     continue
-                if (stat.st_dev, stat.st_ino) in files:
-                    return stat.st_dev, stat.st_ino
+                yield entry.name, (stat.st_dev, stat.st_ino)
     except OSError:
-        pass
-    return None
+        return
 
 
 def _read(path: str) -> bytes | None:
@@ -273,7 +303,7 @@ def _read(path: str) -> bytes | None:
         return None
     try:
         data = os.read(fd, 65536)
-        if len(data) < 4096:  # proc(5) fills the buffer up to a page at the least
+        if len(data) < 2048:  # a list stops short of a page when its next entry does not fit
             return data
         chunks = [data]
         while data:
