@@ -117,12 +117,11 @@ def create_exclusive(path: str | Path, mode: int) -> int:
 
 
 def same_file(fd: int, path: str | Path) -> bool:
-    """Whether ``path`` still names the file that is open as ``fd``."""
+    """Whether ``path`` still names the file that is open as ``fd``, and anything is open there."""
     try:
-        named = os.lstat(path)
+        named, opened = os.lstat(path), os.fstat(fd)
     except OSError:
         return False
-    opened = os.fstat(fd)
     return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 

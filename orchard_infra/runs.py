@@ -78,9 +78,11 @@ class RunRecord:
     @property
     def is_local(self) -> bool:
         """Whether the pid means anything here: same host, same boot, same pid namespace."""
+        namespace = processes.pid_namespace()
         return (
             self.boot_id == processes.boot_id()
-            and self.pid_namespace == processes.pid_namespace()
+            and self.pid_namespace == namespace
+            and (namespace != 0 or sys.platform != "linux")  # unknown is not the same
             and self.host == socket.gethostname()
         )
 
@@ -124,6 +126,7 @@ def describe_this_run(
     if identity is None:
         raise InfrastructureError(f"cannot identify this process: /proc/{pid}/stat is not readable")
     uid = os.geteuid() if hasattr(os, "geteuid") else 0
+    parent = environ.get(RUN_ID_VARIABLE)
     return RunRecord(
         run_id=os.urandom(8).hex(),
         project=project,
@@ -135,11 +138,11 @@ def describe_this_run(
         user=files.owner_name(uid).partition(" (")[0],
         uid=uid,
         argv=_clip(sys.orig_argv),
-        cwd=_working_directory(),
+        cwd=_cut(_working_directory()),
         started_at=time.time(),
         lock=lock,
         rank=rank,
-        parent=environ.get(RUN_ID_VARIABLE) or None,
+        parent=parent if _is_id(parent) else None,
     )
 
 
@@ -163,16 +166,16 @@ def from_json(data: bytes) -> tuple[RunRecord, RunState | None]:
         raise ValueError("not a run record")
     try:
         fields = json.loads(data.partition(b"\n")[0])
+        state = fields.get("state")
+        values: dict[str, Any] = {}
+        for field in attrs.fields(RunRecord):
+            value = fields.get(field.name, field.default)
+            if not _TYPES[field.name](value):
+                raise ValueError(f"{field.name} is {value!r:.80}")
+            values[field.name] = tuple(value) if field.name == "argv" else value
+        return RunRecord(**values), None if state is None else RunState(state)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    state = fields.get("state")
-    values: dict[str, Any] = {}
-    for field in attrs.fields(RunRecord):
-        value = fields.get(field.name, field.default)
-        if not _TYPES[field.name](value):
-            raise ValueError(f"{field.name} is {value!r:.80}")
-        values[field.name] = tuple(value) if field.name == "argv" else value
-    return RunRecord(**values), None if state is None else RunState(state)
 
 
 def read_record(fd: int) -> tuple[RunRecord, RunState | None] | None:
@@ -204,24 +207,46 @@ class Registration:
     record: RunRecord
     path: Path
     _fd: int
+    _file: tuple[int, int]  # device and inode
 
     def update(self, record: RunRecord, state: RunState) -> None:
-        """Say something new of the run. One short write: a reader sees the old or the new."""
-        files.write_whole(self._fd, to_json(record, state))
+        """Say something new of the run. One short write: a reader sees the old or the new.
+
+        Raises:
+            InfrastructureError: Nobody could read that, or the descriptor was closed.
+        """
+        files.write_whole(self._descriptor(), _encode(record, state))
         self.record = record
 
     def touch(self) -> None:
         """Keep cleaners of old files away."""
-        os.utime(self._fd)
+        os.utime(self._descriptor())
 
     def close(self) -> None:
         """Leave the registry. In a forked child only the descriptor goes, not the record."""
         if self._fd < 0:
             return
-        fd, self._fd = self._fd, -1
-        if os.getpid() == self.record.pid and files.same_file(fd, self.path):
-            self.path.unlink(missing_ok=True)
-        os.close(fd)
+        try:
+            if os.getpid() == self.record.pid and _identity(os.lstat(self.path)) == self._file:
+                self.path.unlink()
+        except FileNotFoundError:
+            pass
+        finally:
+            if self._is_open():
+                os.close(self._fd)
+            self._fd = -1
+
+    def _descriptor(self) -> int:
+        if not self._is_open():
+            raise InfrastructureError(f"the descriptor of the run's record {self.path} was closed")
+        return self._fd
+
+    def _is_open(self) -> bool:
+        """A program may close every descriptor; then the number is soon some other file's."""
+        try:
+            return _identity(os.fstat(self._fd)) == self._file
+        except OSError:
+            return False
 
 
 def _default_directory() -> Path:
@@ -240,7 +265,11 @@ class RunRegistry:
         """Enter a run as waiting.
 
         The file gets its name only once it is locked: who sees it sees a live run.
+
+        Raises:
+            InfrastructureError: The directory cannot be used, or the record not be read back.
         """
+        data = _encode(record, RunState.WAITING)
         files.private_directory(self.directory.parent)
         files.private_directory(self.directory)
         path = self.directory / f"{record.run_id}{_SUFFIX}"
@@ -254,8 +283,9 @@ class RunRegistry:
                     f"Set {files.RUNTIME_DIR_VARIABLE} to a directory that can be written to"
                 ) from error
             try:
-                lock_descriptor(fd)
-                files.write_whole(fd, to_json(record, RunState.WAITING))
+                if not lock_descriptor(fd):
+                    raise FileNotFoundError  # soon: somebody has locked it, to collect it
+                files.write_whole(fd, data)
                 unnamed.rename(path)
             except FileNotFoundError:
                 os.close(fd)  # collected before it was locked: once more
@@ -268,9 +298,10 @@ class RunRegistry:
             except BaseException:
                 os.close(fd)
                 unnamed.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 raise
             else:
-                return Registration(record, path, fd)
+                return Registration(record, path, fd, _identity(os.fstat(fd)))
 
     def runs(self) -> tuple[RegisteredRun, ...]:
         """Every run on record, the oldest first."""
@@ -279,7 +310,7 @@ class RunRegistry:
 
     def find(self, run_id: str) -> RegisteredRun | None:
         """The run with this id."""
-        if not run_id.isalnum():
+        if not _is_id(run_id):
             return None
         return self._look(self.directory / f"{run_id}{_SUFFIX}")
 
@@ -321,13 +352,11 @@ class RunRegistry:
         try:
             found = read_record(fd)
             stat = os.fstat(fd)
-            if found is None or stat.st_uid != os.geteuid():
+            if found is None or (hasattr(os, "geteuid") and stat.st_uid != os.geteuid()):
                 return None
             record, state = found
             return RegisteredRun(
-                record=record,
-                state=_state(record, state, fd),
-                file=(stat.st_dev, stat.st_ino),
+                record=record, state=_state(record, state, fd), file=_identity(stat)
             )
         finally:
             os.close(fd)
@@ -450,15 +479,37 @@ def _lock_past_readers(fd: int) -> bool:
     return False
 
 
-def _clip(argv: Iterable[str], limit: int = 4096) -> tuple[str, ...]:
-    """As many arguments as fit a record."""
+def _encode(record: RunRecord, state: RunState) -> bytes:
+    """A record as it is written. One that cannot be read back would hide a live run."""
+    try:
+        data = to_json(record, state)
+        from_json(data)
+    except (TypeError, ValueError) as error:
+        raise InfrastructureError(f"the run cannot be recorded: {error}") from error
+    return data
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
+
+
+def _clip(words: Iterable[str], limit: int = 4096) -> tuple[str, ...]:
+    """As many words as fit into ``limit`` bytes of JSON, and a part of the next."""
     kept: list[str] = []
-    for word in argv:
-        kept.append(word[:limit])
-        limit -= len(word) + 1
-        if limit <= 0:
+    for word in words:
+        kept.append(_cut(word, limit))
+        limit -= len(json.dumps(kept[-1])) + 2
+        if limit <= 0 or kept[-1] != word:
             break
     return tuple(kept)
+
+
+def _cut(text: str, limit: int = 4096) -> str:
+    """As much of a text as fits into ``limit`` bytes of JSON, escapes and all."""
+    text = text[:limit]
+    while len(json.dumps(text)) > limit + 2:
+        text = text[: len(text) * 2 // 3]
+    return text
 
 
 def _working_directory() -> str:
@@ -470,6 +521,10 @@ def _working_directory() -> str:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and len(value) <= 8192
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= 64 and value.isalnum() and value.isascii()
 
 
 def _is_whole(value: object) -> bool:
@@ -489,7 +544,7 @@ def _optional(check: Any) -> Any:
 
 
 _TYPES: dict[str, Any] = {
-    "run_id": lambda value: _is_text(value) and value.isalnum() and value.isascii(),
+    "run_id": _is_id,
     "project": _is_text,
     "pid": lambda value: _is_whole(value) and 0 < value < 2**31,
     "create_time": _is_number,
