@@ -1,0 +1,336 @@
+"""Stopping processes: whole trees, one grace period for all of them, each signal on proof.
+
+A pid may belong to a stranger by the time it is signalled. Where the kernel has pidfds (see
+pidfd_open(2)) a process is opened first, its identity is compared after that, and signals go to
+what was opened; elsewhere it is compared right before each signal. Process groups are never
+signalled: a shell without job control puts strangers into one group.
+
+What has ended is not reaped: the status of a child belongs to whoever started it (a `Popen`, a
+pool, `os.waitpid` in the user's program), and a defunct process counts as gone here.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterable
+
+import attrs
+
+from orchard_infra import processes
+from orchard_infra.processes import ProcessIdentity
+
+# A kernel, a sandbox or a limit that does not give us a pidfd. Anything else says that there is
+# no such process, or that the number is that of a thread.
+_NO_PIDFD = frozenset(
+    (errno.ENOSYS, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV)
+)
+_SIGCONT = getattr(signal, "SIGCONT", None)
+_SIGSTOP = getattr(signal, "SIGSTOP", None)
+_SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process
+_POLL = 0.02  # seconds between looks at processes for which there is no pidfd
+_FREEZE = 0.25  # seconds
+
+
+@attrs.frozen
+class StopOutcome:
+    """What became of the processes, trees included. What was spared is in none of these.
+
+    ``stopped`` ended after SIGTERM, ``killed`` after SIGKILL. ``denied`` may not be signalled:
+    another user's, or this process, its ancestors and the first process, whoever asks.
+    ``stuck`` were still there when the wait was over: in uninterruptible sleep (state D). They
+    end when the kernel lets them. ``gone`` ended, or lost their pid to another process, before
+    any signal.
+    """
+
+    stopped: tuple[ProcessIdentity, ...] = ()
+    killed: tuple[ProcessIdentity, ...] = ()
+    denied: tuple[ProcessIdentity, ...] = ()
+    stuck: tuple[ProcessIdentity, ...] = ()
+    gone: tuple[ProcessIdentity, ...] = ()
+
+
+def stop_processes(
+    targets: Iterable[ProcessIdentity],
+    *,
+    grace: float,
+    spare: Callable[[int], bool],
+    kill_wait: float = 2.0,
+) -> StopOutcome:
+    """Stop processes with their trees: SIGTERM, one ``grace`` for all, SIGKILL for the rest.
+
+    Takes at most ``grace`` plus ``kill_wait`` (both in seconds) and a moment, and no longer than
+    the processes do. ``spare(pid)`` leaves a process alone, with all that is below it, also when
+    that is a target itself; it is asked once for each process.
+
+    A child whose parent ends before it was seen is an orphan that nothing here can tell from a
+    stranger: look for what else proves it (the run's id in its environment) and call again.
+    """
+    hunt = _Hunt(spare)
+    try:
+        hunt.begin(targets)
+        hunt.terminate(grace)
+        hunt.kill(kill_wait)
+        return hunt.outcome()
+    finally:
+        hunt.close()
+
+
+@attrs.define(eq=False)
+class _Member:
+    """A process that is to end."""
+
+    identity: ProcessIdentity
+    pidfd: int | None
+    is_own_child: bool
+    asked: bool = False
+    frozen: bool = False
+    killed: bool = False
+    denied: bool = False
+    ended: bool = False
+
+    @property
+    def is_left(self) -> bool:
+        return not (self.ended or self.denied)
+
+    def send(self, signum: int) -> None:
+        try:
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, signum)
+            elif processes.is_alive(self.identity):
+                os.kill(self.identity.pid, signum)
+            else:
+                self.ended = True
+        except ProcessLookupError:
+            self.ended = True
+        except PermissionError:
+            self.denied = True
+
+    def state(self) -> str:
+        """The letter of proc(5), or Z when it is gone."""
+        stat = processes.read_stat(self.identity.pid)
+        if stat is None or stat.create_time != self.identity.create_time:
+            return "Z"
+        return stat.state
+
+
+@attrs.define(eq=False)
+class _Hunt:
+    spare: Callable[[int], bool]
+    members: dict[ProcessIdentity, _Member] = attrs.field(factory=dict)
+    refused: list[ProcessIdentity] = attrs.field(factory=list)
+    gone: list[ProcessIdentity] = attrs.field(factory=list)
+    _me: int = attrs.field(factory=os.getpid)
+    _untouchable: frozenset[int] = attrs.field(init=False)
+    _spared: dict[ProcessIdentity, bool] = attrs.field(factory=dict)
+    _opened: dict[int, _Member] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        self._untouchable = frozenset((self._me, *processes.ancestors(self._me)))
+
+    def begin(self, targets: Iterable[ProcessIdentity]) -> None:
+        """Find every process there is to stop, before the first of them is told."""
+        roots = []
+        for target in dict.fromkeys(targets):
+            # kill(2) takes 0 and negative numbers for whole groups.
+            if target.pid <= 1 or target.pid in self._untouchable:
+                self.refused.append(target)
+            elif processes.is_alive(target):
+                roots.append(target)
+            else:
+                self.gone.append(target)
+        self._add_trees(roots)
+
+    def terminate(self, grace: float) -> None:
+        """Ask all to end, and wait. Children that appear meanwhile are asked as well: of a fork
+        in progress, or of a handler that starts a process to save its state.
+        """
+        deadline = time.monotonic() + grace
+        pause = _POLL
+        look = 0.0
+        while True:
+            self._ask()
+            now = time.monotonic()
+            if now >= deadline or not self._left():
+                return
+            if now >= look:
+                self._add_trees(member.identity for member in self._left())
+                pause *= 2
+                look = time.monotonic() + min(pause, 0.5)
+                continue
+            self._wait(min(look, deadline) - now)
+
+    def kill(self, wait: float) -> None:
+        """Kill what is left, and wait once."""
+        if not self._left():
+            return
+        self._freeze()
+        for member in self._left():
+            member.killed = True
+            member.send(_SIGKILL)
+        deadline = time.monotonic() + wait
+        while self._left() and (rest := deadline - time.monotonic()) > 0:
+            self._wait(rest)
+
+    def outcome(self) -> StopOutcome:
+        members = self.members.values()
+        ended = [m for m in members if m.ended]
+        return StopOutcome(
+            stopped=tuple(m.identity for m in ended if m.asked and not m.killed),
+            killed=tuple(m.identity for m in ended if m.killed),
+            denied=(*self.refused, *(m.identity for m in members if m.denied and not m.ended)),
+            stuck=tuple(m.identity for m in members if m.is_left),
+            gone=(*self.gone, *(m.identity for m in ended if not m.asked)),
+        )
+
+    def close(self) -> None:
+        """Leave nobody frozen, when an exception came between, and no descriptor."""
+        for member in self.members.values():
+            if member.frozen and not member.killed and _SIGCONT is not None:
+                member.send(_SIGCONT)
+            self._reap_adopted(member)
+            if member.pidfd is not None:
+                os.close(member.pidfd)
+
+    def _ask(self) -> None:
+        new = [member for member in self._left() if not member.asked]
+        for member in new:
+            member.asked = True
+            member.send(signal.SIGTERM)
+            if member.ended:
+                member.asked = False
+        if _SIGCONT is None:
+            return
+        for member in new:
+            # A stopped process gets no signal before it goes on. The SIGTERM is already there,
+            # so that it does not go on with its work first.
+            if member.is_left and member.state() == "T":
+                member.send(_SIGCONT)
+
+    def _freeze(self) -> None:
+        """Stop all of them (SIGSTOP) and look for children until there are no new ones.
+
+        A process that forks in a loop would have another child between any look and its end.
+        """
+        deadline = time.monotonic() + _FREEZE
+        while _SIGSTOP is not None:
+            for member in self._left():
+                if not member.frozen:
+                    member.frozen = True
+                    member.send(_SIGSTOP)
+            at_rest = all(member.state() in "TtDZX" for member in self._left())
+            known = len(self.members)
+            self._add_trees(member.identity for member in self._left())
+            if (at_rest and len(self.members) == known) or time.monotonic() > deadline:
+                return
+
+    def _left(self) -> list[_Member]:
+        return [member for member in self.members.values() if member.is_left]
+
+    def _wait(self, seconds: float) -> None:
+        """Until one of them ends, at most so long."""
+        unopened = [member for member in self._left() if member.pidfd is None]
+        if unopened:
+            seconds = min(seconds, _POLL)
+        if not self._opened:
+            time.sleep(seconds)
+        else:
+            poller = select.poll()
+            for pidfd in self._opened:
+                poller.register(pidfd, select.POLLIN)
+            for pidfd, _ in poller.poll(math.ceil(seconds * 1000)):
+                self._opened.pop(pidfd).ended = True
+        for member in unopened:
+            member.ended = not processes.is_alive(member.identity)
+
+    def _add_trees(self, roots: Iterable[ProcessIdentity]) -> None:
+        """Add these processes and all below them, except what is spared and what is below that."""
+        children = _children()
+        found: dict[ProcessIdentity, None] = {}
+        spared: list[ProcessIdentity] = []
+        pending = list(roots)
+        while pending:
+            identity = pending.pop()
+            if self._is_spared(identity):
+                spared.append(identity)
+            elif identity not in found:
+                found[identity] = None
+                pending += children.get(identity.pid, ())
+        while spared:
+            identity = spared.pop()
+            found.pop(identity, None)
+            spared += children.pop(identity.pid, ())
+        for identity in found:
+            if identity not in self.members:
+                self._add(identity)
+
+    def _is_spared(self, identity: ProcessIdentity) -> bool:
+        if identity not in self._spared:
+            pid = identity.pid
+            self._spared[identity] = pid in self._untouchable or self.spare(pid)
+        return self._spared[identity]
+
+    def _add(self, identity: ProcessIdentity) -> None:
+        try:
+            pidfd = _open(identity.pid)
+        except OSError:
+            self.gone.append(identity)
+            return
+        # Opened before this look: if it is still the process we mean, it is the one we opened.
+        stat = processes.read_stat(identity.pid)
+        if stat is None or stat.create_time != identity.create_time:
+            if pidfd is not None:
+                os.close(pidfd)
+            self.gone.append(identity)
+            return
+        member = _Member(identity, pidfd, is_own_child=stat.ppid == self._me)
+        self.members[identity] = member
+        if pidfd is not None:
+            self._opened[pidfd] = member
+
+    def _reap_adopted(self, member: _Member) -> None:
+        """Reap what became our child by losing its parent: nobody else ever will.
+
+        So it is where this program is the first process of a container.
+        """
+        if member.is_own_child or not member.ended:
+            return
+        pid = member.identity.pid
+        stat = processes.read_stat(pid)
+        if stat is None or stat.create_time != member.identity.create_time:
+            return
+        if stat.ppid == self._me and processes.is_defunct(stat):
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                pass
+
+
+def _children() -> dict[int, list[ProcessIdentity]]:
+    """The live processes, by the pid of their parent."""
+    children: dict[int, list[ProcessIdentity]] = {}
+    for pid in processes.all_pids():
+        stat = processes.read_stat(pid)
+        if stat is not None and not processes.is_defunct(stat):
+            children.setdefault(stat.ppid, []).append(ProcessIdentity(pid, stat.create_time))
+    return children
+
+
+def _open(pid: int) -> int | None:
+    """A pidfd; None where there are none to be had.
+
+    Raises:
+        OSError: There is no such process.
+    """
+    if not hasattr(os, "pidfd_open"):  # no Linux, or built with the headers of an old one
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        if error.errno in _NO_PIDFD:
+            return None
+        raise
