@@ -32,20 +32,13 @@ class FeatureCacheFlusher:
         return self.default.flush(error)
 
 
-def returned(report: FlushReport | None) -> str:
-    if report is None or report.rss_before is None or report.rss_after is None:
-        return "unknown"
-    return f"{(report.rss_before - report.rss_after) / 1e6:.0f} MB"
-
-
 def main() -> None:
     manager = InfrastructureManager(flusher=FeatureCacheFlusher())
-    with managed_environment("own-strategy", manager=manager) as env:
+    with managed_environment("own-strategy", manager=manager):
         for index in range(20):
             features(index)
         print("features in memory:", features.cache_info().currsize)
     print("features in memory after the run:", features.cache_info().currsize)
-    print("memory returned to the system:", returned(env.report.flushed))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,6 @@ class Training:
         )
         order = torch.Generator().manual_seed(SEED)
         self.train_set, self.test_set = torch.utils.data.random_split(data, [0.8, 0.2], order)
-        # Forked workers inherit the lock's descriptor: what a killed run leaves behind.
         self.shuffle = torch.Generator()
         self.loader = torch.utils.data.DataLoader(
             self.train_set,
@@ -96,7 +95,7 @@ class Training:
             shuffle=True,
             generator=self.shuffle,
             num_workers=workers,
-            persistent_workers=workers > 0,
+            # Forked workers inherit the lock's descriptor, and keep it if this process is killed.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         self.model = build_network().to(self.device)

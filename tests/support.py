@@ -20,6 +20,7 @@ a test that reads until the end of it would hang on the very thing it wants to s
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pytest
 
 T = TypeVar("T")
 
@@ -196,6 +198,12 @@ def wait_until(
         time.sleep(interval)
 
 
+def require_module(name: str) -> None:
+    """Skip the test where a module is not installed, without importing it: torch takes seconds."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs the module {name}")
+
+
 def is_running(pid: int) -> bool:
     """Whether there is such a process and it is more than a zombie."""
     try:
@@ -231,9 +239,14 @@ def stop_everything_started(mark: str, before: Collection[psutil.Process] = ()) 
                 pass
         for script in _started:
             script.poll()  # before psutil reaps it: the status belongs to the Popen object
-        psutil.wait_procs(ours, timeout=1.0)
+        wait_gone(process.pid for process in ours)
     while _started:
         _started.pop().stop()
+    # What a test forked by itself is not left as a zombie.
+    mine = set(psutil.Process().children()).difference(before)
+    psutil.wait_procs(
+        [child for child in mine if child.pid not in _helpers_of_multiprocessing()], timeout=0
+    )
 
 
 def _ours(mark: str, before: Collection[psutil.Process]) -> list[psutil.Process]:

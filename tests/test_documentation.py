@@ -26,7 +26,7 @@ import attrs
 import pytest
 
 import orchard_infra
-from support import Script, run_command, run_python
+from support import Script, require_module, run_command, run_python
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -221,7 +221,7 @@ def _skip_unless_importable(source: str) -> None:
         else:
             continue
         for name in {name.split(".")[0] for name in names} - {"orchard_infra", "support"}:
-            pytest.importorskip(name)
+            require_module(name)
 
 
 def _expect_success(script: Script) -> None:

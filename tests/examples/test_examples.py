@@ -9,7 +9,7 @@ import attrs
 import psutil
 import pytest
 
-from support import Script, run_python, wait_gone, wait_until
+from support import Script, require_module, run_python, wait_gone, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN_DIGITS = EXAMPLES / "train_digits.py"
@@ -46,7 +46,7 @@ def test_an_own_flusher_is_called_at_release(tmp_path: Path) -> None:
 
 
 def test_a_pydantic_model_serves_as_configuration(tmp_path: Path) -> None:
-    pytest.importorskip("pydantic")
+    require_module("pydantic")
     script = run_python(tmp_path, EXAMPLES / "pydantic_config.py")
 
     assert script.finish() == 0, script.transcript()
@@ -63,7 +63,11 @@ class Digits:
     tmp_path: Path
 
     def start(self, *arguments: str) -> Script:
-        return run_python(self.tmp_path, TRAIN_DIGITS, "--output", "out", *arguments)
+        # One thread: several of these run at once, and threads that wait for a core spin.
+        one_thread = {"OMP_NUM_THREADS": "1"}
+        return run_python(
+            self.tmp_path, TRAIN_DIGITS, "--output", "out", *arguments, env=one_thread
+        )
 
     @property
     def checkpoint(self) -> Path:
@@ -73,7 +77,7 @@ class Digits:
 @pytest.fixture
 def digits(tmp_path: Path) -> Digits:
     for module in ("torch", "sklearn", "tqdm"):
-        pytest.importorskip(module)
+        require_module(module)
     return Digits(tmp_path)
 
 
@@ -110,10 +114,8 @@ def test_another_project_trains_beside_it(digits: Digits) -> None:
     first = digits.start("--epochs", "1000")
     wait_until(digits.checkpoint.exists, what=first.transcript)
 
-    second = run_python(
-        digits.tmp_path,
-        TRAIN_DIGITS,
-        *("--project", "other", "--epochs", "1", "--allow-process-kill", "--output", "other"),
+    second = digits.start(
+        *("--project", "other", "--epochs", "1", "--allow-process-kill", "--output", "other")
     )
 
     assert second.finish() == 0, second.transcript()
@@ -141,9 +143,7 @@ def test_a_stopped_training_writes_a_checkpoint_and_is_resumed(
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one_does(digits: Digits) -> None:
-    whole = run_python(
-        digits.tmp_path, TRAIN_DIGITS, "--epochs", "4", "--output", "w", "--project", "w"
-    )
+    whole = digits.start("--epochs", "4", "--output", "whole", "--project", "whole")
     first = digits.start("--epochs", "2")
     assert first.finish() == 0, first.transcript()
     second = digits.start("--epochs", "4")
