@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -249,6 +250,19 @@ def _versions(*distributions: str) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def whole_process(command: Sequence[str], directory: Path) -> float:
+    """Seconds from the start of a process to its end, and it must end well.
+
+    Everybody's bytecode is kept below ``directory``: what was installed comes with bytecode, and
+    a checkout may come without, or with PYTHONDONTWRITEBYTECODE set.
+    """
+    environ = {**os.environ, "PYTHONPYCACHEPREFIX": str(directory / "bytecode")}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    began = time.perf_counter()
+    subprocess.run(command, check=True, env=environ)
+    return time.perf_counter() - began
 
 
 def python(*arguments: str) -> list[str]:

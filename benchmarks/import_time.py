@@ -10,10 +10,9 @@ import functools
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from _harness import Goal, Outcome, main, python, ratio, take_turns
+from _harness import Goal, Outcome, main, python, ratio, take_turns, whole_process
 
 BARE = "import orchard_infra"
 PACKAGE = "from orchard_infra import managed_environment"
@@ -33,7 +32,10 @@ FORBIDDEN = (
 def measure(quick: bool, directory: Path) -> Outcome:
     statements = (BARE, PACKAGE, FLOOR, "pass")
     samples = take_turns(
-        {code: functools.partial(_whole_process, code) for code in statements},
+        {
+            code: functools.partial(whole_process, python("-c", code), directory)
+            for code in statements
+        },
         rounds=3 if quick else 60,
         warm_up=2,
     )
@@ -47,12 +49,6 @@ def measure(quick: bool, directory: Path) -> Outcome:
     outcome.goals.append(Goal("heavy modules that it loads", len(loaded), 0, "modules"))
     outcome.notes = [f"loads {', '.join(loaded) or 'none'} of: {', '.join(FORBIDDEN)}"]
     return outcome
-
-
-def _whole_process(code: str) -> float:
-    began = time.perf_counter()
-    subprocess.run(python("-c", code), check=True)
-    return time.perf_counter() - began
 
 
 def _loaded_by(code: str) -> set[str]:

@@ -9,11 +9,9 @@ import functools
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from _harness import Goal, Outcome, main, python, ratio, take_turns
+from _harness import Goal, Outcome, main, python, ratio, take_turns, whole_process
 
 WRAPPER = "orchard-infra run -p x -- true"
 FLOOR = "import attrs, psutil, portalocker"
@@ -35,19 +33,16 @@ def measure(quick: bool, directory: Path) -> Outcome:
         BARE: ["true"],
     }
     samples = take_turns(
-        {name: functools.partial(_whole_process, words) for name, words in commands.items()},
+        {
+            name: functools.partial(whole_process, words, directory)
+            for name, words in commands.items()
+        },
         rounds=3 if quick else 60,
         warm_up=2,
     )
     outcome = Outcome(base=FLOOR, goals=[Goal(what, ratio(samples, WRAPPER, FLOOR), 1.5)])
     outcome.add(samples, "ms", 1e3)
     return outcome
-
-
-def _whole_process(command: Sequence[str]) -> float:
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
