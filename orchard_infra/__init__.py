@@ -25,7 +25,9 @@ def __getattr__(name: str) -> object:
     pytest loads our plugin, and with it this module, in every project on the machine: that must
     not cost them attrs, psutil and all the rest.
     """
-    if not name.startswith("_") or name == "__all__":
+    # `from orchard_infra import files` asks here for a module that is not loaded yet. Loading all
+    # of the package for that made a circle of imports.
+    if name[:1].isupper() or name in ("managed_environment", "__all__"):
         public = import_module("orchard_infra._public")
         if name == "__all__" or name in public.__all__:
             return getattr(public, name)

@@ -261,6 +261,16 @@ class FileLease:
         self.verify()
         os.utime(self._fd)
 
+    def fileno(self) -> int:
+        """The descriptor that is locked, for a child that is to keep the lock.
+
+        Raises:
+            LockLostError: It was released.
+        """
+        if self._fd < 0:
+            raise LockLostError(f"the lock {self.path} was released", lock_path=str(self.path))
+        return self._fd
+
     def release(self) -> None:
         """See `Lease.release`. A lock that was lost is let go, and the new file left alone.
 

@@ -1,0 +1,41 @@
+"""The commands as one group. Each is a module, loaded when it is used: `run` must start fast."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from orchard_infra._version import __version__
+
+_COMMANDS = ("run", "status", "stop", "clean", "doctor")
+
+_EXAMPLES = """\b
+Examples:
+  orchard-infra run -p digits -- python train.py
+  orchard-infra run -p digits --wait 600 -- torchrun --nproc-per-node 2 train.py
+  orchard-infra status --watch
+  orchard-infra clean --dry-run
+
+\b
+Completion, in ~/.bashrc (zsh: zsh_source, in ~/.zshrc; fish: fish_source):
+  eval "$(_ORCHARD_INFRA_COMPLETE=bash_source orchard-infra)"
+"""
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = getattr(import_module(f"orchard_infra.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=_Commands, epilog=_EXAMPLES, context_settings={"max_content_width": 100})
+@click.version_option(__version__, message="orchard-infra %(version)s")
+def commands() -> None:
+    """A clean start and a graceful stop for training runs, from the command line."""

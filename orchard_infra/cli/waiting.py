@@ -1,0 +1,97 @@
+"""What a person sees while `run` waits for the lock: a spinner, or a line every half minute."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchard_infra.locks.file import FileLock
+from orchard_infra.runs import RunRecord, duration, printable
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.spinner import Spinner
+    from rich.text import Text
+
+_LOOK_AGAIN = 1.0  # seconds between two looks at who holds the lock
+
+
+class WaitingHandler(logging.Handler):
+    """Shows what the library logs before a command starts.
+
+    A file lock logs that it waits at once and every half minute; the first of these starts the
+    spinner on a terminal. Everything else is one line each.
+    """
+
+    def __init__(self, project: str, lock: Path, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._project = project
+        self._lock_path = lock
+        self._tell = tell
+        self._began = time.monotonic()
+        self._live: Live | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not hasattr(record, "lock_path"):
+            self._tell(record.getMessage())
+            return
+        holder = getattr(record, "holder", None)
+        if self._live is None:
+            self._live = self._spin(holder)
+        if self._live is None:
+            who = holder.describe() if holder else "an unknown run"
+            waited = duration(time.monotonic() - self._began)
+            self._tell(f"waiting for project {self._project} ({waited}), held by {who}")
+
+    def close(self) -> None:
+        """Leave nothing of the spinner on the terminal."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        super().close()
+
+    def _spin(self, holder: RunRecord | None) -> Live | None:
+        if sys.stderr is None or not sys.stderr.isatty():
+            return None
+        from rich.live import Live
+        from rich.spinner import Spinner
+
+        from orchard_infra.cli.output import console
+
+        terminal = console(stderr=True)
+        if terminal.is_dumb_terminal:
+            return None
+        spinner = Spinner("line")
+        looked = time.monotonic()
+
+        def render() -> Spinner:
+            nonlocal holder, looked
+            if time.monotonic() - looked > _LOOK_AGAIN:
+                looked = time.monotonic()
+                holder = FileLock().holder(self._lock_path)
+            spinner.update(text=self._line(holder))
+            return spinner
+
+        live = Live(get_renderable=render, console=terminal, refresh_per_second=5, transient=True)
+        live.start()
+        terminal.show_cursor(True)  # somebody may kill us, or press Ctrl-Z
+        return live
+
+    def _line(self, holder: RunRecord | None) -> Text:
+        from rich.text import Text
+
+        waited = duration(time.monotonic() - self._began)
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(printable(self._project), "bold")
+        line.append(f": waiting {waited}; ")
+        if holder is None:
+            line.append("held by an unknown run")
+        else:
+            age = duration(time.time() - holder.started_at)
+            line.append(f"held for {age} by pid {holder.pid} on {printable(holder.host)} ")
+            line.append(printable(f"({holder.user}): {' '.join(holder.argv)}"))
+        return line
