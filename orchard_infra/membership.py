@@ -10,13 +10,16 @@ inherited the very description that the leader locked.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import attrs
 
 from orchard_infra import processes
 from orchard_infra.processes import ProcessIdentity
 from orchard_infra.runs import RUN_ID_VARIABLE, RegisteredRun, RunState, Survivor
+
+_Proof = TypeVar("_Proof")
 
 
 @attrs.frozen
@@ -56,19 +59,18 @@ class Membership:
         held = {run.file: run for run in by_id.values() if run.state is RunState.SURVIVORS}
         locked_by = {file: run.record.pid for file, run in held.items()}
         near = kin()
-        for pid in own_pids():
-            if pid in near:
-                continue
+
+        def membership(pid: int) -> tuple[RegisteredRun, str] | None:
             run_id = processes.started_with(pid, RUN_ID_VARIABLE, by_id)
             if run_id is not None:
-                run, evidence = by_id[run_id], "started by the run"
-            else:
-                file = processes.has_inherited(pid, locked_by) if held else None
-                if file is None:
-                    continue
-                run, evidence = held[file], "forked by the run"
-            identity = processes.identity_of(pid)
-            if identity and processes.is_alive(identity) and not self.live_run_of(pid):
+                return by_id[run_id], "started by the run"
+            file = processes.has_inherited(pid, locked_by) if held else None
+            return None if file is None else (held[file], "forked by the run")
+
+        for pid in own_pids():
+            proven = None if pid in near else _proven(pid, membership)
+            if proven is not None and not self.live_run_of(pid):
+                identity, (run, evidence) = proven
                 yield run, Survivor(pid, identity.create_time, command_of(pid), evidence)
 
 
@@ -103,7 +105,7 @@ def is_ours(pid: int) -> bool:
     """
     if hasattr(os, "getuid") and processes.read_uids(pid) != (os.getuid(), os.geteuid()):
         return False
-    return processes.pid_namespace(pid) == processes.pid_namespace()
+    return processes.is_own_pid_namespace(processes.pid_namespace(pid))
 
 
 def command_of(pid: int) -> str:
@@ -125,13 +127,33 @@ def orphans_of(run: RegisteredRun | None, run_id: str) -> Iterator[ProcessIdenti
     own = processes.raw_environ(os.getpid())
     files = {run.file: run.record.pid} if run else {}
     marker = f"{RUN_ID_VARIABLE}={run_id}".encode()
-    for pid in own_pids():
+
+    def belongs(pid: int) -> bool | None:
         environ = processes.raw_environ(pid)
         if environ is None:
-            continue
-        belongs = marker in environ.split(b"\0") if marker in environ else False
+            return None
+        if marker in environ and marker in environ.split(b"\0"):
+            return True
         forked = environ == own or not environ.strip(b"\0")
-        if belongs or (forked and files and processes.has_inherited(pid, files)):
-            identity = processes.identity_of(pid)
-            if identity is not None and processes.is_alive(identity):
-                yield identity
+        return True if forked and files and processes.has_inherited(pid, files) else None
+
+    for pid in own_pids():
+        proven = _proven(pid, belongs)
+        if proven is not None:
+            yield proven[0]
+
+
+def _proven(
+    pid: int, prove: Callable[[int], _Proof | None]
+) -> tuple[ProcessIdentity, _Proof] | None:
+    """What is proven of a live process, and which process that is.
+
+    The pid may be another's by the time the identity is read. So the proof has to hold twice.
+    """
+    proof = prove(pid)
+    if proof is None:
+        return None
+    identity = processes.identity_of(pid)
+    if identity is None or prove(pid) != proof or not processes.is_alive(identity):
+        return None
+    return identity, proof

@@ -200,6 +200,13 @@ def pid_namespace(pid: int | str = "self") -> int:
         return 0
 
 
+def is_own_pid_namespace(namespace: int) -> bool:
+    """Whether our own pids are those of this namespace. What is not known (0) is not ours, but
+    on a platform without namespaces everything is.
+    """
+    return namespace == pid_namespace() and (namespace != 0 or not _LINUX)
+
+
 @functools.cache
 def boot_id() -> str:
     """The kernel's name for this boot; empty where it has none. See random(4)."""

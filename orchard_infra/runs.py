@@ -78,11 +78,9 @@ class RunRecord:
     @property
     def is_local(self) -> bool:
         """Whether the pid means anything here: same host, same boot, same pid namespace."""
-        namespace = processes.pid_namespace()
         return (
             self.boot_id == processes.boot_id()
-            and self.pid_namespace == namespace
-            and (namespace != 0 or sys.platform != "linux")  # unknown is not the same
+            and processes.is_own_pid_namespace(self.pid_namespace)
             and self.host == socket.gethostname()
         )
 
@@ -221,6 +219,10 @@ class Registration:
     def touch(self) -> None:
         """Keep cleaners of old files away."""
         os.utime(self._descriptor())
+
+    def fileno(self) -> int:
+        """The descriptor that is locked, for a child that is to keep the run on record."""
+        return self._descriptor()
 
     def close(self) -> None:
         """Leave the registry. In a forked child only the descriptor goes, not the record."""

@@ -424,6 +424,17 @@ def test_our_own_pid_namespace_is_unknown_when_proc_shows_another_one(tmp_path):
     assert script.output == "1 0\n"
 
 
+def test_an_unknown_pid_namespace_is_not_ours(monkeypatch):
+    ours = processes.pid_namespace()
+    assert processes.is_own_pid_namespace(ours)
+    assert not processes.is_own_pid_namespace(ours + 1)
+    assert not processes.is_own_pid_namespace(0)
+    monkeypatch.setattr(processes, "pid_namespace", lambda pid="self": 0)
+    assert not processes.is_own_pid_namespace(0)
+    monkeypatch.setattr(processes, "_LINUX", False)  # there all of them are 0
+    assert processes.is_own_pid_namespace(0)
+
+
 def test_the_boot_has_a_name():
     assert processes.boot_id() == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 

@@ -1,0 +1,549 @@
+"""Which process belongs to which run, with real families of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import attrs
+import pytest
+
+from orchard_infra import membership, processes
+from orchard_infra.membership import Membership, command_of, is_ours, orphans_of, own_pids
+from orchard_infra.runs import (
+    RUN_ID_VARIABLE,
+    RegisteredRun,
+    RunRegistry,
+    RunState,
+    describe_this_run,
+)
+from support import Script, environment, run_command, run_python, wait_gone, wait_until
+
+needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+needs_namespaces = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a real pid namespace"
+)
+
+# A run with children of the kinds that are asked for. Each says its pid once it is what it is
+# to be, and waits for ever.
+RUN = """
+    import json, os, signal, subprocess, sys
+    from orchard_infra.runs import RUN_ID_VARIABLE, RunRegistry, RunState, describe_this_run
+
+    def stay():
+        signal.pause()
+
+    def fork(become):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            become()
+            os.write(write, str(os.getpid()).encode())
+            stay()
+        return int(os.read(read, 20))
+
+    def double_fork():
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+
+    def rewrite_environment():
+        # As setproctitle does for a long title: what was there is overwritten.
+        import ctypes
+        begin, end = (int(open("/proc/self/stat").read().split()[i]) for i in (49, 50))
+        ctypes.memset(begin, 0, end - begin)
+
+    def execute(*words, **changes):
+        environ = {k: v for k, v in {**os.environ, **changes}.items() if v is not None}
+        return subprocess.Popen([*words, "sleep", "1000"], env=environ).pid
+
+    record = describe_this_run("digits")
+    os.environ[RUN_ID_VARIABLE] = record.run_id
+    registration = RunRegistry().register(record)
+    registration.update(record, RunState.RUNNING)
+    pids = {"leader": os.getpid()}
+    for kind in sys.argv[1:]:
+        pids[kind] = {
+            "forked": lambda: fork(lambda: None),
+            "forked, setsid": lambda: fork(os.setsid),
+            "forked twice": lambda: fork(double_fork),
+            "forked, title rewritten": lambda: fork(rewrite_environment),
+            "executed": lambda: execute(),
+            "executed, setsid": lambda: execute("setsid"),
+            "executed, clean": lambda: execute("env", "-i"),
+            "executed, prefix": lambda: execute(**{RUN_ID_VARIABLE: record.run_id[:-1]}),
+            "executed, suffix": lambda: execute(**{RUN_ID_VARIABLE: record.run_id + "0"}),
+            "executed, other variable": lambda: execute(
+                **{RUN_ID_VARIABLE: None, "MY_" + RUN_ID_VARIABLE: record.run_id}
+            ),
+            "executed, opted out": lambda: execute(**{RUN_ID_VARIABLE: ""}),
+            "executed, other user": lambda: subprocess.Popen(["sleep", "1000"], user=65534).pid,
+            "executed, other namespace": lambda: execute("unshare", "-fp", "--kill-child"),
+        }[kind]()
+    print("run", json.dumps([record.run_id, pids]), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "close descriptors":
+            os.closerange(3, 1000)
+        print("done", flush=True)
+"""
+
+MEMBERS = {
+    "forked": "forked by the run",
+    "forked, setsid": "forked by the run",
+    "forked twice": "forked by the run",
+    "forked, title rewritten": "forked by the run",
+    "executed": "started by the run",
+    "executed, setsid": "started by the run",
+}
+STRANGERS = [
+    "executed, clean",
+    "executed, prefix",
+    "executed, suffix",
+    "executed, other variable",
+    "executed, opted out",
+]
+
+
+@pytest.fixture
+def registry() -> RunRegistry:
+    return RunRegistry()
+
+
+@attrs.define
+class Run:
+    script: Script
+    run_id: str
+    pids: dict[str, int]
+
+    def kill_leader(self) -> None:
+        self.script.kill()
+        self.script.wait()
+
+
+def start(tmp_path: Path, *kinds: str) -> Run:
+    script = run_python(tmp_path, RUN, *kinds)
+    run = Run(script, *json.loads(script.wait_for("run [").removeprefix("run ")))
+    for kind, pid in run.pids.items():
+        if kind.startswith("executed"):  # Popen returns before the last exec is done
+            wait_until(lambda pid=pid: b"sleep\x001000\0" in processes.read_cmdline(pid))
+    return run
+
+
+def survivors(registry: RunRegistry) -> dict[int, str]:
+    runs = registry.runs()
+    dead = [run for run in runs if not run.is_live]
+    return {s.pid: s.evidence for _, s in Membership(runs).survivors(dead)}
+
+
+def live_run_of(registry: RunRegistry, pid: int) -> str | None:
+    run = Membership(registry.runs()).live_run_of(pid)
+    return run.record.run_id if run else None
+
+
+# Survivors
+
+
+def test_every_process_of_a_dead_run_is_found_with_the_proof_and_no_stranger(tmp_path, registry):
+    run = start(tmp_path, *MEMBERS, *STRANGERS)
+    bystander = run_command(tmp_path, ["sleep", "1000"])
+    assert survivors(registry) == {}  # while the leader lives, nobody has survived it
+    run.kill_leader()
+    found = survivors(registry)
+    assert found == {run.pids[kind]: evidence for kind, evidence in MEMBERS.items()}
+    assert bystander.poll() is None
+
+
+def test_a_survivor_is_named_with_its_run_and_its_command(tmp_path, registry):
+    run = start(tmp_path, "executed")
+    run.kill_leader()
+    runs = registry.runs()
+    [(found, survivor)] = Membership(runs).survivors(runs)
+    assert found.record.run_id == run.run_id
+    assert survivor.identity == processes.identity_of(run.pids["executed"])
+    assert survivor.command == "sleep 1000"
+
+
+def test_executed_children_are_found_although_the_record_s_lock_is_free(tmp_path, registry):
+    run = start(tmp_path, "executed")
+    run.kill_leader()
+    assert registry.find(run.run_id).state is RunState.DEAD
+    assert list(survivors(registry)) == [run.pids["executed"]]
+
+
+def test_forked_children_are_found_although_the_record_s_name_is_gone(tmp_path, registry):
+    run = start(tmp_path, "forked")
+    run.kill_leader()
+    found = registry.find(run.run_id)
+    (registry.directory / f"{run.run_id}.run").unlink()
+    assert [s.pid for _, s in Membership(()).survivors([found])] == [run.pids["forked"]]
+
+
+def test_a_survivor_that_has_ended_is_none(tmp_path, registry):
+    run = start(tmp_path, "forked", "executed")
+    run.kill_leader()
+    for kind in ("forked", "executed"):
+        os.kill(run.pids[kind], 9)
+    wait_gone([run.pids["forked"], run.pids["executed"]])
+    assert survivors(registry) == {}
+
+
+def test_a_process_whose_pid_is_another_s_by_now_is_no_survivor(tmp_path, registry, monkeypatch):
+    """A mock: what was true of the pid at the first look is not at the second."""
+    run = start(tmp_path, "executed")
+    run.kill_leader()
+    really = processes.started_with
+    asked = []
+
+    def once(pid: int, variable: str, values: dict[str, RegisteredRun]) -> str | None:
+        found = really(pid, variable, values)
+        if found is not None:
+            asked.append(pid)
+        return None if len(asked) > 1 else found
+
+    monkeypatch.setattr(processes, "started_with", once)
+    assert survivors(registry) == {}
+    assert asked == [run.pids["executed"]] * 2
+
+
+HOLDS_OPEN = """
+    import os, sys
+    held = [os.open(path, os.O_RDWR) for path in sys.argv[1:]]
+    print("opened", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_who_has_a_dead_run_s_files_open_is_no_survivor(tmp_path, registry):
+    """A waiter has the lock file open; a reader of the registry has the record open."""
+    lock = tmp_path / "digits.lock"
+    lock.touch()
+    run = start(tmp_path, "forked")
+    record = registry.directory / f"{run.run_id}.run"
+    waiter = run_python(tmp_path, HOLDS_OPEN, str(lock), name="waiter.py")
+    reader = run_python(tmp_path, HOLDS_OPEN, str(record), name="reader.py")
+    pager = run_command(tmp_path, ["tail", "-f", str(record), str(lock)])
+    for script in (waiter, reader):
+        script.wait_for("opened")
+    stat = record.stat()
+    wait_until(lambda: processes.has_open(pager.pid, frozenset([(stat.st_dev, stat.st_ino)])))
+    run.kill_leader()
+    assert survivors(registry) == {run.pids["forked"]: "forked by the run"}
+
+
+def test_a_reader_that_has_locked_a_dead_run_s_record_to_remove_it_is_no_survivor(
+    tmp_path, registry
+):
+    run = start(tmp_path)
+    run.kill_leader()
+    source = """
+        import os, sys
+        from orchard_infra.runs import lock_descriptor
+        fd = os.open(sys.argv[1], os.O_RDWR)
+        lock_descriptor(fd)
+        print("locked", flush=True)
+        sys.stdin.readline()
+    """
+    collector = run_python(
+        tmp_path, source, str(registry.directory / f"{run.run_id}.run"), name="collector.py"
+    )
+    collector.wait_for("locked")
+    assert registry.find(run.run_id).state is RunState.SURVIVORS  # as far as one can see
+    assert survivors(registry) == {}
+
+
+def test_a_live_run_below_a_dead_one_is_no_survivor_and_neither_are_its_children(
+    tmp_path, registry
+):
+    outer = start(tmp_path)
+    inner = run_python(tmp_path, RUN, "forked", "executed", env={RUN_ID_VARIABLE: outer.run_id})
+    inner_id, pids = json.loads(inner.wait_for("run [").removeprefix("run "))
+    wait_until(lambda: b"sleep" in processes.read_cmdline(pids["executed"]))
+    outer.kill_leader()
+    assert survivors(registry) == {}
+    inner.kill()
+    inner.wait()
+    # What is forked shows the environment that its parent was started with: by the outer run.
+    assert survivors(registry) == {
+        pids["forked"]: "started by the run",
+        pids["executed"]: "started by the run",
+    }
+    assert inner_id != outer.run_id
+
+
+def test_we_and_ours_are_never_survivors(tmp_path, registry, monkeypatch):
+    """Somebody starts a new run from a shell that a dead run had started."""
+    run = start(tmp_path)
+    run.kill_leader()
+    source = """
+        import subprocess
+        from orchard_infra.membership import Membership
+        from orchard_infra.runs import RunRegistry
+        child = subprocess.Popen(["sleep", "1000"])
+        runs = RunRegistry().runs()
+        print("survivors", [s.pid for _, s in Membership(runs).survivors(runs)], flush=True)
+    """
+    (tmp_path / "next.py").write_text(textwrap.dedent(source))
+    shell = run_command(
+        tmp_path,
+        ["sh", "-c", f"sleep 1000 & {sys.executable} next.py; true"],
+        env={RUN_ID_VARIABLE: run.run_id},
+    )
+    [sibling] = json.loads(shell.wait_for("survivors").removeprefix("survivors "))
+    assert processes.split_cmdline(processes.read_cmdline(sibling)) == ("sleep", "1000")
+
+
+@needs_another_user
+def test_another_user_s_process_is_not_ours_although_the_run_started_it(tmp_path, registry):
+    run = start(tmp_path, "executed, other user")
+    pid = run.pids["executed, other user"]
+    assert not is_ours(pid)
+    assert pid not in own_pids()
+    run.kill_leader()
+    assert processes.started_with(pid, RUN_ID_VARIABLE, {run.run_id}) == run.run_id
+    assert survivors(registry) == {}
+
+
+@needs_another_user
+@pytest.mark.parametrize("ids", ["os.setresuid(65534, 0, 0)", "os.setresuid(0, 65534, 0)"])
+def test_a_process_with_one_id_of_another_user_is_not_ours(tmp_path, ids):
+    source = f"import os, sys; {ids}; print('ready', flush=True); sys.stdin.readline()"
+    script = run_python(tmp_path, source)
+    script.wait_for("ready")
+    assert not is_ours(script.pid)
+
+
+@needs_namespaces
+def test_a_process_in_a_container_is_not_ours(tmp_path):
+    run = start(tmp_path, "executed, other namespace", "executed")
+    unshare = run.pids["executed, other namespace"]
+    [inner] = wait_until(lambda: processes.children_of(unshare))
+    wait_until(lambda: processes.read_cmdline(inner) == b"sleep\x001000\0")
+    assert not is_ours(inner)
+    assert is_ours(unshare)
+    assert is_ours(run.pids["executed"])
+
+
+@needs_namespaces
+def test_nothing_is_ours_where_proc_shows_somebody_else_s_pids(tmp_path):
+    source = """
+        import os
+        from orchard_infra import membership, processes
+        inside = [p for p in processes.all_pids() if membership.is_ours(p)]
+        print("ours", inside, flush=True)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(source))
+    script = run_command(tmp_path, ["unshare", "-fp", sys.executable, "script.py"])
+    assert script.wait_for("ours") == "ours []"
+
+
+def test_a_process_that_is_gone_is_not_ours():
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert not is_ours(child.pid)
+
+
+# Members of live runs
+
+
+@pytest.mark.parametrize("state", ["running", "waiting", "all descriptors closed"])
+def test_everything_that_a_live_run_started_belongs_to_it(tmp_path, registry, state):
+    kinds = [*MEMBERS, *STRANGERS]
+    run = start(tmp_path, *kinds)
+    if state == "waiting":
+        path = registry.directory / f"{run.run_id}.run"
+        path.write_bytes(path.read_bytes().replace(b'"running"', b'"waiting"'))
+        assert registry.find(run.run_id).state is RunState.WAITING
+    if state == "all descriptors closed":
+        run.script.tell("close descriptors")
+        run.script.wait_for("done")
+    assert {kind: live_run_of(registry, pid) for kind, pid in run.pids.items()} == dict.fromkeys(
+        run.pids, run.run_id
+    )
+
+
+def test_a_child_with_a_cleaned_environment_belongs_through_whoever_is_above_it(tmp_path, registry):
+    """Its parent is an orphan that the run started; above that one there is nobody."""
+    source = """
+        import os, subprocess, sys
+        from orchard_infra.runs import RUN_ID_VARIABLE, RunRegistry, describe_this_run
+        record = describe_this_run("digits")
+        registration = RunRegistry().register(record)
+        os.environ[RUN_ID_VARIABLE] = record.run_id
+        script = "env -i sleep 1000 & echo started $! $$; wait"
+        if os.fork() == 0:
+            subprocess.Popen(["sh", "-c", script])
+            os._exit(0)
+        os.wait()
+        print("registered", record.run_id, flush=True)
+        sys.stdin.readline()
+    """
+    run = run_python(tmp_path, source)
+    run_id = run.wait_for("registered").split()[1]
+    child, shell = map(int, run.wait_for("started").split()[1:])
+    wait_until(lambda: processes.read_environ(child) == {})
+    assert run.pid not in list(processes.ancestors(child))
+    assert live_run_of(registry, shell) == run_id
+    assert live_run_of(registry, child) == run_id
+
+
+def test_a_stranger_belongs_to_no_run_and_a_dead_run_protects_nobody(tmp_path, registry):
+    run = start(tmp_path, "forked", "executed")
+    bystander = run_command(tmp_path, ["sleep", "1000"])
+    assert live_run_of(registry, bystander.pid) is None
+    assert live_run_of(registry, os.getpid()) is None
+    run.kill_leader()
+    for kind in ("forked", "executed"):
+        assert live_run_of(registry, run.pids[kind]) is None
+
+
+def test_of_nested_runs_the_inner_one_is_named(tmp_path, registry):
+    outer = registry.register(describe_this_run("outer"))
+    run = start(tmp_path, "executed")
+    assert live_run_of(registry, run.pids["executed"]) == run.run_id
+    assert live_run_of(registry, run.script.pid) == run.run_id
+    assert live_run_of(registry, os.getpid()) == outer.record.run_id
+    outer.close()
+
+
+def test_the_same_pid_on_another_host_is_no_leader(registry):
+    registration = registry.register(attrs.evolve(describe_this_run("digits"), host="elsewhere"))
+    [found] = registry.runs()
+    assert found.is_live
+    child = subprocess.Popen(["sleep", "1000"], close_fds=True)
+    # We hold its record, which is proof; by the pid alone there would be none.
+    assert live_run_of(registry, os.getpid()) == found.record.run_id
+    assert Membership((attrs.evolve(found, file=(0, 0)),)).live_run_of(child.pid) is None
+    local = attrs.evolve(found, file=(0, 0), record=describe_this_run("digits"))
+    assert Membership((local,)).live_run_of(child.pid) == local
+    child.kill()
+    child.wait()
+    registration.close()
+
+
+def test_a_pid_that_a_leader_had_before_protects_nobody(registry):
+    record = describe_this_run("digits")
+    former = attrs.evolve(record, create_time=record.create_time - 1)
+    assert Membership((RegisteredRun(former, RunState.RUNNING),)).live_run_of(os.getpid()) is None
+    assert Membership((RegisteredRun(record, RunState.RUNNING),)).live_run_of(os.getpid())
+
+
+# Orphans of a live run
+
+
+def test_what_a_live_run_started_is_found_wherever_it_went(tmp_path, registry):
+    source = """
+        import json
+        from orchard_infra.membership import orphans_of
+        from orchard_infra.runs import RunRegistry
+        {run}
+            if line.strip() == "orphans":
+                found = orphans_of(RunRegistry().find(record.run_id), record.run_id)
+                print("orphans", json.dumps([identity.pid for identity in found]), flush=True)
+    """
+    text = textwrap.dedent(source).replace("{run}\n", textwrap.dedent(RUN))
+    (tmp_path / "orphans.py").write_text(text)
+    kinds = [*MEMBERS, *STRANGERS]
+    run = run_python(tmp_path, tmp_path / "orphans.py", *kinds)
+    run_id, pids = json.loads(run.wait_for("run [").removeprefix("run "))
+    record = registry.directory / f"{run_id}.run"
+    reader = run_python(tmp_path, HOLDS_OPEN, str(record), name="reader.py")
+    reader.wait_for("opened")
+    for kind in kinds:
+        if kind.startswith("executed"):
+            wait_until(lambda kind=kind: b"sleep" in processes.read_cmdline(pids[kind]))
+    run.tell("orphans")
+    found = json.loads(run.wait_for("orphans").removeprefix("orphans "))
+    assert set(found) - {run.pid} == {pids[kind] for kind in MEMBERS}
+
+
+def test_without_a_record_only_what_was_executed_is_found(tmp_path, monkeypatch):
+    child = subprocess.Popen(["sleep", "1000"], env=environment({RUN_ID_VARIABLE: "abc"}))
+    wait_until(lambda: b"sleep" in processes.read_cmdline(child.pid))
+    assert [identity.pid for identity in orphans_of(None, "abc")] == [child.pid]
+    assert list(orphans_of(None, "ab")) == []
+    assert list(orphans_of(None, "abcd")) == []
+    child.kill()
+    child.wait()
+    assert list(orphans_of(None, "abc")) == []
+
+
+# Kin
+
+
+def test_kin_are_ancestors_descendants_and_the_other_workers_of_a_fork_pool(tmp_path):
+    source = """
+        import multiprocessing, os, subprocess, sys
+        from orchard_infra.membership import kin
+
+        def look(barrier):
+            barrier.wait()
+            return os.getpid(), sorted(kin())
+
+        def initialize(b):
+            global barrier
+            barrier = b
+
+        def work(_):
+            return look(barrier)
+
+        context = multiprocessing.get_context("fork")
+        child = subprocess.Popen(["sleep", "1000"])
+        with context.Pool(3, initialize, [context.Barrier(3)]) as pool:
+            for pid, found in pool.map(work, range(3), chunksize=1):
+                print("kin", pid, *found, flush=True)
+            print("pool", os.getpid(), child.pid, flush=True)
+    """
+    script = run_python(tmp_path, source)
+    bystander = run_python(tmp_path, "input()", name="bystander.py")
+    parent, child = map(int, script.wait_for("pool").split()[1:])
+    seen = [list(map(int, line.split()[1:])) for line in script.output.splitlines()[:3]]
+    workers = {worker for worker, *_ in seen}
+    assert len(workers) == 3
+    for _, *found in seen:
+        assert workers | {parent, child, os.getpid(), 1} <= set(found)
+        assert bystander.pid not in found
+
+
+def test_a_twin_of_the_parent_is_no_kin(tmp_path):
+    """Same command line, and both started by us: what makes kin is descent."""
+    source = """
+        import sys
+        from orchard_infra.membership import kin
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print("kin", *kin(), flush=True)
+    """
+    first, second = run_python(tmp_path, source), run_python(tmp_path, source)
+    first.wait_for("ready")
+    second.wait_for("ready")
+    first.tell()
+    found = first.wait_for("kin").split()[1:]
+    assert str(first.pid) in found
+    assert str(os.getpid()) in found
+    assert str(second.pid) not in found
+
+
+# For a person
+
+
+def test_a_command_is_shown_or_the_name_of_what_has_none():
+    child = subprocess.Popen(["sleep", "1000", "0" * 1000])
+    wait_until(lambda: b"sleep" in processes.read_cmdline(child.pid))
+    assert command_of(child.pid) == ("sleep 1000 " + "0" * 1000)[:400]
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert command_of(child.pid) == "[sleep]"
+    child.wait()
+    assert command_of(child.pid) == "(gone)"
+
+
+def test_looking_costs_nothing_where_there_is_nothing_to_look_for(monkeypatch):
+    monkeypatch.setattr(processes, "all_pids", lambda: pytest.fail("looked at every process"))
+    monkeypatch.setattr(processes, "read_stat", lambda pid: pytest.fail("looked at a process"))
+    assert list(Membership(()).survivors([])) == []
+    assert Membership(()).live_run_of(os.getpid()) is None
+    assert membership.RUN_ID_VARIABLE == "ORCHARD_INFRA_RUN_ID"
