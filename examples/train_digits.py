@@ -113,7 +113,7 @@ class Training:
             if self.done % len(self.loader) == 0:
                 self.save()
         self.save()
-        print(f"trained     {self.done // len(self.loader)} of {self.epochs} epochs")
+        print(f"trained     {self.done} steps, {self.done / len(self.loader):.1f} epochs")
         print(f"accuracy    {self.accuracy():.1%} of {len(self.test_set)} held-out images")
 
     def steps(self) -> Iterator[float]:

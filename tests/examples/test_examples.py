@@ -87,6 +87,12 @@ def accuracy(script: Script) -> float:
     return float(match[1])
 
 
+def steps(line: str) -> int:
+    match = re.search(r"(\d+) steps", line)
+    assert match, line
+    return int(match[1])
+
+
 def test_the_training_reaches_its_accuracy_and_reports(digits: Digits) -> None:
     script = digits.start()
 
@@ -98,55 +104,53 @@ def test_the_training_reaches_its_accuracy_and_reports(digits: Digits) -> None:
     assert [path.name for path in digits.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
 
 
-def test_a_second_start_says_who_holds_the_project_and_exits_with_75(digits: Digits) -> None:
+def test_a_second_start_is_told_who_holds_the_project_while_another_project_trains_beside_it(
+    digits: Digits,
+) -> None:
     first = digits.start("--epochs", "1000")
     wait_until(digits.checkpoint.exists, what=first.transcript)
 
     second = digits.start("--epochs", "1")
+    other = digits.start(
+        *("--project", "other", "--epochs", "1", "--allow-process-kill", "--output", "other")
+    )
 
     assert second.finish() == os.EX_TEMPFAIL, second.transcript()
     assert str(first.pid) in second.error_output
     assert "Traceback" not in second.error_output
+    assert other.finish() == 0, other.transcript()
     assert first.poll() is None
 
 
-def test_another_project_trains_beside_it(digits: Digits) -> None:
-    first = digits.start("--epochs", "1000")
-    wait_until(digits.checkpoint.exists, what=first.transcript)
-
-    second = digits.start(
-        *("--project", "other", "--epochs", "1", "--allow-process-kill", "--output", "other")
-    )
-
-    assert second.finish() == 0, second.transcript()
-    assert first.poll() is None
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_training_writes_a_checkpoint_and_is_resumed(
-    digits: Digits, number: signal.Signals
+def test_a_training_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on_from_there(
+    digits: Digits,
 ) -> None:
     first = digits.start("--epochs", "1000")
     wait_until(digits.checkpoint.exists, what=first.transcript)
-    children = psutil.Process(first.pid).children(recursive=True)
+    workers = psutil.Process(first.pid).children(recursive=True)
 
-    first.send_signal(number)
+    first.send_signal(signal.SIGTERM)
 
-    assert first.finish() == 128 + number, first.transcript()
-    assert "stopped by" in first.output
-    assert "Traceback" not in first.error_output
-    wait_gone(child.pid for child in children)
+    assert first.finish() == 128 + signal.SIGTERM, first.transcript()
+    assert "stopped by SIGTERM" in first.output
+    wait_gone(worker.pid for worker in workers)
 
     second = digits.start("--epochs", "1000")
-    line = second.wait_for("resumed")
-    assert int(line.split()[2]) > 0
+    assert steps(second.wait_for("resumed")) == steps(first.wait_for("trained"))
+
+    second.send_signal(signal.SIGINT)
+
+    assert second.finish() == 128 + signal.SIGINT, second.transcript()
+    assert "stopped by SIGINT" in second.output
+    assert first.error_output == "stop requested: SIGTERM\n"
+    assert second.error_output == "stop requested: SIGINT\n"
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one_does(digits: Digits) -> None:
-    whole = digits.start("--epochs", "4", "--output", "whole", "--project", "whole")
-    first = digits.start("--epochs", "2")
+    whole = digits.start("--epochs", "2", "--output", "whole", "--project", "whole")
+    first = digits.start("--epochs", "1")
     assert first.finish() == 0, first.transcript()
-    second = digits.start("--epochs", "4")
+    second = digits.start("--epochs", "2")
     assert second.finish() == 0, second.transcript()
     assert whole.finish() == 0, whole.transcript()
 
