@@ -108,7 +108,8 @@ class Scene:
     """All that a sanitizer is told: whose run it is, who else is on record, what it may do.
 
     ``why_not`` says why nothing may be stopped; None when it may be. ``began`` is when the run
-    did, on the clock of `ProcessIdentity`; ``before`` are the descendants it had by then.
+    did, on the clock of `ProcessIdentity`; ``before`` are the descendants it had by then. ``argv``
+    is what the run executes, where that is a command and not this very process.
     """
 
     record: RunRecord
@@ -117,6 +118,7 @@ class Scene:
     logger: logging.Logger
     began: float
     before: frozenset[ProcessIdentity] = frozenset()
+    argv: tuple[str, ...] | None = None
 
 
 class Sanitizer(Protocol):
@@ -181,7 +183,7 @@ class GhostSanitizer:
 
     def look_alikes(self, scene: Scene, members: Membership) -> list[Finding]:
         """Twins, relatives and defunct processes, with the reason for each. Only looks."""
-        me = _Look.at_myself()
+        me = _Look.at_myself() if scene.argv is None else _Look.at(os.getpid(), scene.argv)
         if me is None:
             return []
         kindred = functools.cache(kin)  # mostly there is nobody to compare it with
@@ -287,8 +289,11 @@ class GhostSanitizer:
         }
         found.update(orphans_of(own, scene.record.run_id))
         ghosts, spared = [], []
-        others = Membership(
-            tuple(run for run in scene.registry.runs() if run.record.leader != scene.record.leader)
+        runs = scene.registry.runs()
+        others = Membership(tuple(r for r in runs if r.record.leader != scene.record.leader))
+        # With two environments in one process, only the id tells whose child it is.
+        shares_process = any(
+            r.is_live and r.record.leader == scene.record.leader and r != own for r in runs
         )
         for identity in sorted(found):
             pid = identity.pid
@@ -301,6 +306,8 @@ class GhostSanitizer:
                 reason = f"leads or belongs to a live run of {run.record.project}"
             elif environ.get(RUN_ID_VARIABLE) == "":
                 reason = f"opted out with an empty {RUN_ID_VARIABLE}"
+            elif shares_process and environ.get(RUN_ID_VARIABLE) != scene.record.run_id:
+                reason = "may belong to another run of this process"
             elif self.spare is not None and self.spare(pid):
                 reason = "excluded by the caller"
             else:

@@ -292,6 +292,38 @@ def test_children_from_before_the_block_and_excluded_ones_are_left(tmp_path):
     assert not is_running(within)
 
 
+def test_two_environments_of_one_process_leave_each_other_s_children_alone(tmp_path):
+    run = run_python(
+        tmp_path,
+        """
+        import os, signal, subprocess
+        from orchard_infra import EnvironmentConfig, InfrastructureManager
+
+        one, two = (EnvironmentConfig(name, allow_process_kill=True) for name in ("one", "two"))
+        manager = InfrastructureManager()
+        manager.prepare_environment(one)
+        manager.prepare_environment(two)
+        forked = os.fork()
+        if not forked:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pause()
+        started = subprocess.Popen(["sleep", "1000"]).pid  # carries the id of "two"
+        manager.release_resources(one)
+        print("first", forked, started, flush=True)
+        input()
+        manager.release_resources(two)
+        print("second", flush=True)
+        """,
+    )
+    forked, started = map(int, run.wait_for("first").split()[1:])
+    assert is_running(forked)
+    assert is_running(started)
+    run.tell()
+    run.wait_for("second")
+    wait_gone([forked, started])
+    assert run.finish() == 0
+
+
 def test_a_killed_run_with_real_data_loader_workers_does_not_block_the_next(tmp_path):
     pytest.importorskip("torch", reason="needs torch")
     source = """

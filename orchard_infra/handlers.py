@@ -1,0 +1,220 @@
+"""Signal handlers that replace the default ones for a while, and are never in the way.
+
+What there is to know about the operating system and about Python's own signal handling is here;
+`orchard_infra.stopping` says what a signal means.
+"""
+
+from __future__ import annotations
+
+import _signal  # type: ignore[import-not-found]
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from signal import Signals
+from types import FrameType
+from typing import Any
+
+import attrs
+
+
+@attrs.define(eq=False, repr=False)  # signal.getsignal calls the repr
+class Takeover:
+    """Default handlers, replaced from `take_over` until `give_back`; subclasses `act` instead.
+
+    In a forked child, and after it has ended, it passes on what it gets to what was there before.
+    Takeovers nest, and may end in any order.
+    """
+
+    _pid: int = attrs.field(factory=os.getpid, init=False)
+    _ended: bool = attrs.field(default=False, init=False)
+    _previous: dict[int, Any] = attrs.field(factory=dict, init=False)
+
+    @property
+    def is_live(self) -> bool:
+        """Not ended, and in the process that made it."""
+        return not self._ended and self._pid == os.getpid()
+
+    def act(self, signum: int, frame: FrameType | None) -> None:
+        """Runs in the handler: no lock, no logging, nothing that may be half-way through itself."""
+        raise NotImplementedError
+
+    def take_over(self, signums: Iterable[Signals]) -> list[Signals]:
+        """Replace those handlers that are the default. Returns the signals that have another one.
+
+        Raises:
+            ValueError: This is not the main thread of the main interpreter.
+        """
+        in_c = _caught_in_c()
+        others = []
+        for signum in signums:
+            current = _living(signal.getsignal(signum), signum)
+            if current == self._handle:
+                continue
+            if current is signal.SIG_DFL:
+                default = signum not in in_c
+            else:
+                default = current is signal.default_int_handler or takeover_of(current) is not None
+            if default:
+                self._previous[signum] = current  # first: it may be needed the next moment
+                signal.signal(signum, self._handle)
+            else:
+                others.append(signum)
+        return others
+
+    def give_back(self) -> list[int]:
+        """Put back what was there before. Returns signals that arrived meanwhile, unhandled.
+
+        A handler that somebody has put over ours stays. Outside of the main thread nothing can be
+        put back; ours pass on what they get.
+        """
+        ours = [s for s in self._previous if signal.getsignal(s) == self._handle]
+        try:
+            if not ours or threading.current_thread() is not threading.main_thread():
+                return []
+            with _arrivals() as arrived:
+                for signum in ours:
+                    signal.signal(signum, self._living_previous(signum))
+            return [signum for signum in ours if signum in arrived]
+        finally:
+            self._ended = True
+
+    def outer(self, signum: int) -> Takeover | None:
+        """The one around this, if it waits for this signal as well."""
+        return takeover_of(self._living_previous(signum))
+
+    def _living_previous(self, signum: int) -> Any:
+        return _living(self._previous.get(signum, signal.SIG_DFL), signum)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.is_live:
+            self.act(signum, frame)
+            return
+        previous = self._living_previous(signum)
+        if callable(previous):
+            previous(signum, frame)
+        elif previous == signal.SIG_DFL:
+            # So that the exit status is that of a process which was killed.
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+
+def takeover_of(handler: Any) -> Takeover | None:
+    """Whose handler this is."""
+    owner = getattr(handler, "__self__", None)
+    return owner if isinstance(owner, Takeover) else None
+
+
+def would_be_swallowed(frame: FrameType | None) -> bool:
+    """Whether Python would print what is raised here, and go on: in ``__del__``, around a fork.
+
+    The DataLoader waits for its workers in a ``__del__``.
+    """
+    if _fork.under_way:
+        return True
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code is _Fork.before.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def _arrivals() -> Iterator[list[int]]:
+    """Afterwards, the signals that arrived, as written down by the C half of Python's handlers.
+
+    Python forgets one that arrives within `signal.signal`, after it looked for the last time and
+    before the default handler is in place: "ignored due to race condition".
+    """
+    arrived: list[int] = []
+    if sys.platform == "win32":  # wants a socket
+        yield arrived
+        return
+    try:
+        read, write = os.pipe()
+    except OSError:  # no descriptor is left
+        yield arrived
+        return
+    for end in (read, write):
+        os.set_blocking(end, False)
+    loop = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    try:
+        yield arrived
+    finally:
+        signal.set_wakeup_fd(loop, warn_on_full_buffer=False)
+        try:
+            arrived += os.read(read, 4096)
+            if loop != -1:  # an event loop waits for them, too
+                os.write(loop, bytes(arrived))
+        except OSError:  # none came, or the loop has more than enough to wake it
+            pass
+        os.close(read)
+        os.close(write)
+
+
+@attrs.define
+class _Fork:
+    """Around a fork: the child gets the handlers of before, and no signal between is lost.
+
+    In a child, Python forgets what arrived before it was set up: of 300 children that were
+    terminated as soon as they were started, none died, while a handler was installed.
+    """
+
+    under_way: list[bool] = attrs.field(factory=list)
+    masks: list[set[int]] = attrs.field(factory=list)  # one, of what is blocked meanwhile, or none
+
+    def register(self) -> None:
+        # What the parent calls after a fork is all C: a Ctrl-C between two bytecodes would leave
+        # the signals blocked. This is pthread_sigmask(SIG_UNBLOCK, mask) for each of the masks.
+        unblock = functools.partial(
+            functools.reduce, _signal.pthread_sigmask, self.masks, signal.SIG_UNBLOCK
+        )
+        os.register_at_fork(before=self.before, after_in_child=self.in_child)
+        for step in (unblock, self.under_way.clear):
+            os.register_at_fork(after_in_parent=step, after_in_child=step)
+
+    def before(self) -> None:
+        self.under_way.append(True)
+        mask = set(_taken_over())
+        if mask:
+            mask -= signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self.masks[:] = [mask] if mask else []
+        signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+
+    def in_child(self) -> None:
+        for signum in _taken_over():
+            signal.signal(signum, _living(signal.getsignal(signum), signum))
+
+
+_fork = _Fork()
+if hasattr(os, "register_at_fork"):
+    _fork.register()
+
+
+def _taken_over() -> list[int]:
+    # Past signal.getsignal, which looks for an enum first: this happens twice in every fork.
+    return [s for s in range(1, signal.NSIG) if takeover_of(_signal.getsignal(s)) is not None]
+
+
+def _living(handler: Any, signum: int) -> Any:
+    """The handler; for one of a takeover that has ended, what was there before."""
+    while (takeover := takeover_of(handler)) is not None and not takeover.is_live:
+        handler = takeover._previous.get(signum, signal.SIG_DFL)
+    return handler
+
+
+def _caught_in_c() -> set[int]:
+    """Signals that have a handler, be it one that Python does not know of (proc(5), SigCgt).
+
+    `faulthandler.register` installs such a one, and so do MPI and the preemption notice of JAX.
+    """
+    try:
+        with open("/proc/self/status", "rb") as status:
+            line = next(line for line in status if line.startswith(b"SigCgt:"))
+    except (OSError, StopIteration):
+        return set()
+    caught = int(line.split()[1], 16)
+    return {signum for signum in range(1, signal.NSIG) if caught >> (signum - 1) & 1}

@@ -1,0 +1,376 @@
+"""Signals that ask a run to stop, turned into something that a run can act on.
+
+By default SIGTERM ends Python at once: no ``finally``, no ``__exit__``. `SignalStop` makes it an
+exception in the main thread, or a flag that a loop looks at.
+
+A handler interrupts the main thread anywhere, inside of a logging call or with a lock in its
+hands. So the handlers here set attributes, put a message into a queue whose ``put`` may be
+interrupted by itself, and raise. Whatever is to be said or called is left to a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from signal import Signals
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+import attrs
+
+from orchard_infra.handlers import Takeover, takeover_of, would_be_swallowed
+
+_JOIN = 5.0  # seconds that the end of a watch waits for its thread
+_AGAIN = 0.1  # seconds until a signal is tried again that came when nothing could be raised
+_END = object()
+
+
+class RunStopped(SystemExit):
+    """A signal asked the run to stop. ``signum`` says which; the exit status is 128 + signum.
+
+    A `SystemExit`, so that ``except Exception`` does not swallow it, asyncio lets it through and
+    no traceback is printed.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+
+    def __str__(self) -> str:
+        return f"stopped by {Signals(self.signum).name}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.signum,)
+
+
+@attrs.frozen
+class StopRequest:
+    """Why a run should stop, and since when (epoch seconds). ``signal`` is None if it was none."""
+
+    reason: str
+    at: float
+    signal: Signals | None = None
+
+
+class StopWatch(Protocol):
+    """What `Stopper.arm` returns: a watch for one run, from then until `disarm`."""
+
+    @property
+    def requested(self) -> StopRequest | None:
+        """The first request to stop; None while there is none."""
+        ...
+
+    def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
+        """Have ``callback`` called in another thread once a stop is requested, or now if it is.
+
+        Callbacks are called one after the other, in the order in which they were given.
+        """
+        ...
+
+    def request(self, reason: str) -> None:
+        """Ask the run to stop, from any thread. Nothing is raised into it."""
+        ...
+
+    def hold(self) -> None:
+        """The release begins: keep what arrives from now on, for a bounded time."""
+        ...
+
+    def disarm(self) -> BaseException | None:
+        """End the watch. Returns what a signal that was held is to raise, and raises nothing."""
+        ...
+
+
+class Stopper(Protocol):
+    """Lets a run know that it is to stop."""
+
+    def arm(self, logger: logging.Logger) -> StopWatch:
+        """Begin to watch. All or nothing, also when a signal arrives meanwhile."""
+        ...
+
+
+def _to_signals(signals: Iterable[int]) -> tuple[Signals, ...]:
+    return tuple(Signals(signum) for signum in signals)
+
+
+def _default_signals() -> tuple[Signals, ...]:
+    return _to_signals(getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n))
+
+
+def _catchable(instance: object, attribute: attrs.Attribute[Any], signals: Iterable[int]) -> None:
+    for signum in signals:
+        if signum in (getattr(signal, "SIGKILL", None), getattr(signal, "SIGSTOP", None)):
+            raise ValueError(f"{Signals(signum).name} cannot be caught")
+
+
+@attrs.frozen
+class SignalStop:
+    """Turns signals into a graceful stop.
+
+    ``mode="raise"`` raises `RunStopped` in the main thread. Ctrl-C is left to Python.
+    ``mode="flag"`` only sets ``env.stop_requested`` at the first signal or Ctrl-C. It raises at
+    the second one, or when ``deadline`` seconds have passed: `RunStopped`, or `KeyboardInterrupt`
+    for Ctrl-C.
+
+    ``signals`` are those that ask to stop; add SIGUSR1 or SIGUSR2 where a scheduler warns with
+    them. What arrives while a `RunStopped` is under way, or during the release, waits for the
+    end of the release, but no longer than ``hold_limit`` seconds. It is raised then, wherever the
+    main thread is, and so is all that comes later: a release that hangs can be interrupted.
+
+    Only default handlers are replaced, and put back at the end. A handler of somebody else
+    (Lightning, submitit, a notebook, or one that a C library installed) stays, and so does an
+    ignored signal (nohup). In a forked child signals do what they did before.
+
+    Outside of the main thread there are no handlers, only `StopWatch.request`. On Windows there
+    is no SIGHUP, and a deadline does not interrupt a blocking call; neither is tested.
+    """
+
+    mode: Literal["raise", "flag"] = attrs.field(
+        default="raise", validator=attrs.validators.in_(("raise", "flag"))
+    )
+    deadline: float | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.ge(0))
+    )
+    signals: tuple[Signals, ...] = attrs.field(
+        factory=_default_signals, converter=_to_signals, validator=_catchable
+    )
+    hold_limit: float = attrs.field(default=30.0, validator=attrs.validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.deadline is not None and self.mode != "flag":
+            raise ValueError('a deadline is for mode="flag"; otherwise a signal raises at once')
+
+    def arm(self, logger: logging.Logger) -> SignalWatch:
+        """See `Stopper.arm`. In the main thread, before threads or loops rely on the handlers.
+
+        Raises:
+            RunStopped: A signal arrived meanwhile. The handlers are those of before.
+        """
+        watch = SignalWatch(self, logger)
+        try:
+            watch.start()
+        except BaseException:
+            watch.disarm()
+            raise
+        return watch
+
+
+@attrs.define(eq=False, repr=False)
+class SignalWatch(Takeover):
+    """The live side of `SignalStop`.
+
+    Where environments nest, the innermost one decides whether a signal raises; the flags of those
+    around it are set as well. When it ends they get what it held, or took for a mere flag.
+    """
+
+    config: SignalStop
+    logger: logging.Logger
+    requested: StopRequest | None = attrs.field(default=None, init=False)
+    _signalled: int | None = attrs.field(default=None, init=False)
+    _raised: bool = attrs.field(default=False, init=False)
+    _under_way: Callable[[], object] = attrs.field(default=lambda: None, init=False)
+    _holding: bool = attrs.field(default=False, init=False)
+    _hold_until: float = attrs.field(default=0.0, init=False)  # monotonic, as is _due
+    _held: list[int] = attrs.field(factory=list, init=False)
+    _due: float | None = attrs.field(default=None, init=False)  # when to signal ourselves
+    _mail: queue.SimpleQueue[Any] = attrs.field(factory=queue.SimpleQueue, init=False)
+    _sending: threading.Lock = attrs.field(factory=threading.Lock, init=False)  # not in handlers
+    _thread: threading.Thread = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._thread = threading.Thread(target=self._attend, name="orchard-infra-stop", daemon=True)
+
+    def start(self) -> None:
+        """Take over the default handlers."""
+        self._thread.start()
+        ctrl_c = (signal.SIGINT,) if self.config.mode == "flag" else ()
+        try:
+            for signum in self.take_over((*self.config.signals, *ctrl_c)):
+                self.logger.debug("%s has another handler, which stays", signum.name)
+        except ValueError as error:
+            self.logger.debug("signals are not watched: %s", error)
+
+    def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
+        """See `StopWatch.on_stop`. In mode "raise" they run while the main thread unwinds.
+
+        The release waits for them, at most ``hold_limit`` seconds. What they raise is logged.
+        """
+        self._mail.put(callback)
+
+    def request(self, reason: str) -> None:
+        """See `StopWatch.request`."""
+        if self.requested is None:
+            self.requested = StopRequest(reason, time.time())
+        self._mail.put(None)
+
+    def hold(self) -> None:
+        """See `StopWatch.hold`. Covers Ctrl-C as well, and waits for callbacks that still run."""
+        if self._holding or not self.is_live:
+            return
+        self._hold_until = math.inf
+        self._holding = True
+        try:
+            self.take_over((*self.config.signals, signal.SIGINT))
+        except ValueError:  # not in the main thread
+            pass
+        if self.requested is not None and self._thread is not threading.current_thread():
+            self._wait_for_callbacks()
+        self._hold_until = time.monotonic() + self.config.hold_limit
+        self._due = self._hold_until if self._held else None
+        self._mail.put(None)
+
+    def disarm(self) -> BaseException | None:
+        """See `StopWatch.disarm`. Nested watches may end in any order.
+
+        Returns `RunStopped`, or `KeyboardInterrupt`, for the first signal that was held and that
+        no watch around this one takes for a flag. Does nothing a second time, or in a child.
+        """
+        if not self.is_live:
+            return None
+        self.hold()
+        self._hold_until = math.inf
+        with self._sending:
+            self._due = None
+            self._mail.put(_END)
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN)
+        self._held += [signum for signum in self.give_back() if signum not in self._held]
+        return self._deliver()
+
+    # What runs in a handler.
+
+    def act(self, signum: int, frame: FrameType | None) -> None:
+        """See `Takeover.act`."""
+        if self._must_hold(signum):
+            self._hold_back(signum, self._hold_until if self._holding else None)
+        elif self._holding or not self._note(signum) or self.config.mode == "raise":
+            if would_be_swallowed(frame):
+                self._hold_back(signum, time.monotonic() + _AGAIN)
+                return
+            self._due = None
+            if signum in self._held:
+                self._held.remove(signum)
+            raise self._exception(signum)
+
+    def _must_hold(self, signum: int) -> bool:
+        # A launcher passes on the signal that its children got as well. The second one would break
+        # a finally clause, or hit between the end of the block and the release.
+        stopping = signum != signal.SIGINT and self._under_way() is not None
+        return (self._holding or stopping) and time.monotonic() < self._hold_until
+
+    def _hold_back(self, signum: int, until: float | None) -> None:
+        if signum not in self._held:
+            self._held.append(signum)
+        self._due = until
+        self._mail.put(None)
+
+    def _note(self, signum: int) -> bool:
+        """Set the flag, here and in the environments around; whether it is the first signal."""
+        first = self._signalled is None
+        if first:
+            self._signalled = signum
+            if self.requested is None:
+                self.requested = StopRequest(Signals(signum).name, time.time(), Signals(signum))
+            if self.config.deadline is not None:
+                self._due = time.monotonic() + self.config.deadline
+            self._mail.put(None)
+        outer = self.outer(signum)
+        if isinstance(outer, SignalWatch):
+            outer._note(signum)
+        return first
+
+    def _exception(self, signum: int) -> BaseException:
+        self._raised = True
+        if signum == signal.SIGINT:
+            return KeyboardInterrupt()
+        stopped = RunStopped(signum)
+        if not self._holding:
+            self._hold_until = time.monotonic() + self.config.hold_limit
+            self._under_way = weakref.ref(stopped)
+        return stopped
+
+    # The rest runs in the open.
+
+    def _wait_for_callbacks(self) -> None:
+        done = threading.Event()
+        self._mail.put(done)
+        if not done.wait(self.config.hold_limit):
+            self.logger.warning("a callback of on_stop still runs; the release goes on")
+
+    def _deliver(self) -> BaseException | None:
+        """As if they came now. What was a mere flag here may be more to the watch around."""
+        raised: BaseException | None = None
+        for signum in self._held:
+            self.logger.info("held until the end of the release: %s", Signals(signum).name)
+            outer = self.outer(signum)
+            try:
+                if outer is None:
+                    raise self._exception(signum)
+                outer.act(signum, None)
+            except BaseException as error:
+                raised = raised or error.with_traceback(None)
+        if not self._held and self._signalled is not None and not self._raised:
+            outer = self.outer(self._signalled)
+            if isinstance(outer, SignalWatch) and outer.config.mode == "raise":
+                return outer._exception(self._signalled)
+        return raised
+
+    def _attend(self) -> None:
+        """The thread: it says and calls what a handler must not, and signals when it is due."""
+        callbacks: list[Callable[[StopRequest], object]] = []
+        announced = False
+        while True:
+            due = self._due
+            rest = None if due is None else min(max(0.0, due - time.monotonic()), 3600.0)
+            try:
+                message = self._mail.get(timeout=rest)
+            except queue.Empty:
+                message = None
+            request = self.requested
+            if request is not None and not announced:
+                announced = True
+                self.logger.warning(
+                    "stop requested: %s", request.reason, extra={"stop_request": request}
+                )
+                for callback in callbacks:
+                    self._call(callback, request)
+            if message is _END:
+                return
+            if isinstance(message, threading.Event):
+                message.set()
+            elif message is not None and request is not None:
+                self._call(message, request)
+            elif message is not None:
+                callbacks.append(message)
+            self._signal_if_due()
+
+    def _call(self, callback: Callable[[StopRequest], object], request: StopRequest) -> None:
+        try:
+            callback(request)
+        except BaseException:  # also a sys.exit: it would end this thread, and nothing else
+            self.logger.exception("a callback of on_stop failed")
+
+    def _signal_if_due(self) -> None:
+        """Interrupt the main thread, be it in a blocking call, with the signal that waits."""
+        with self._sending:  # not while the watch ends: the default handler would end the process
+            if self._due is None or time.monotonic() < self._due:
+                return
+            self._due = None
+            signum = [*self._held, self._signalled][0]
+            if signum is None:
+                return
+            takeover = takeover_of(signal.getsignal(signum))
+            if takeover is None or not takeover.is_live:
+                return
+            if sys.platform == "win32":
+                import _thread
+
+                _thread.interrupt_main(signum)
+            else:
+                signal.pthread_kill(threading.main_thread().ident or 0, signum)
