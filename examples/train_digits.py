@@ -77,6 +77,7 @@ class Training:
         import torch
         from sklearn.datasets import load_digits
 
+        torch.set_num_threads(1)  # more would spend their time waiting, for so small a network
         torch.manual_seed(SEED)
         self.device = torch.device("cpu")
         if torch.accelerator.is_available():
@@ -95,6 +96,7 @@ class Training:
             shuffle=True,
             generator=self.shuffle,
             num_workers=workers,
+            worker_init_fn=leave_ctrl_c_to_the_trainer,
             # Forked workers inherit the lock's descriptor, and keep it if this process is killed.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
@@ -175,6 +177,11 @@ class Training:
             file.flush()
             os.fsync(file.fileno())
         os.replace(half_written, self.checkpoint)
+
+
+def leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers, too; without them there is no step to finish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def build_network() -> torch.nn.Module:

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import attrs
 import psutil
@@ -62,12 +63,8 @@ class Digits:
 
     tmp_path: Path
 
-    def start(self, *arguments: str) -> Script:
-        # One thread: several of these run at once, and threads that wait for a core spin.
-        one_thread = {"OMP_NUM_THREADS": "1"}
-        return run_python(
-            self.tmp_path, TRAIN_DIGITS, "--output", "out", *arguments, env=one_thread
-        )
+    def start(self, *arguments: str, **popen: Any) -> Script:
+        return run_python(self.tmp_path, TRAIN_DIGITS, "--output", "out", *arguments, **popen)
 
     @property
     def checkpoint(self) -> Path:
@@ -135,10 +132,10 @@ def test_a_training_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on_from_t
     assert "stopped by SIGTERM" in first.output
     wait_gone(worker.pid for worker in workers)
 
-    second = digits.start("--epochs", "1000")
+    second = digits.start("--epochs", "1000", start_new_session=True)
     assert steps(second.wait_for("resumed")) == steps(first.wait_for("trained"))
 
-    second.send_signal(signal.SIGINT)
+    os.killpg(second.pid, signal.SIGINT)  # as a terminal does: to the workers, too
 
     assert second.finish() == 128 + signal.SIGINT, second.transcript()
     assert "stopped by SIGINT" in second.output
