@@ -1,0 +1,446 @@
+"""`orchard-infra status`: every run of this user on this machine, one row each."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import attrs
+import click
+import psutil
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+from orchard_infra import processes
+from orchard_infra.cli import output
+from orchard_infra.cli.trees import members_of, memory_of, survivors_of
+from orchard_infra.membership import Membership
+from orchard_infra.processes import ProcessIdentity
+from orchard_infra.runs import (
+    RegisteredRun,
+    RunRegistry,
+    RunState,
+    Survivor,
+    printable,
+)
+
+_SAMPLE = 0.2  # seconds between two looks at the processor time, for one look at the runs
+_INTERVAL = 1.0  # seconds between two looks with --watch
+_STATE_WORDS = {
+    RunState.RUNNING: Text("running", "green"),
+    RunState.WAITING: Text("waiting", "yellow"),
+    RunState.SURVIVORS: Text("survivors only", "red"),
+    RunState.DEAD: Text("dead", "dim"),
+}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orchard-infra status
+  orchard-infra status --watch
+  orchard-infra status --json | jq '.runs[] | select(.state == "running").pid'
+"""
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/cli.md has the schema.")
+@click.option("-w", "--watch", is_flag=True, help="Look again every second, until Ctrl-C.")
+@click.option(
+    "-p",
+    "--project",
+    metavar="PROJECT",
+    shell_complete=output.complete_project,
+    help="Only the runs of this project.",
+)
+def status(as_json: bool, watch: bool, project: str | None) -> None:
+    """Show your runs on this machine: running, waiting, dead, and what survives of dead ones.
+
+    Memory and processor time are those of the whole process tree. 100 % is one core. GPU memory is
+    shown where pynvml can be imported.
+    """
+    with output.errors_told():
+        survey = Survey(RunRegistry(), project)
+        console = output.console()
+        if not watch:
+            _print(survey.look(), console, as_json=as_json)
+        elif as_json or not console.is_terminal:
+            while True:
+                _print(survey.look(), console, as_json=as_json, lines=True)
+                time.sleep(_INTERVAL)
+        else:
+            _watch(survey, console)
+
+
+@attrs.frozen
+class Gpu:
+    """GPU memory by pid, in bytes, None for a process of which the driver does not tell.
+
+    ``why_unknown`` says why nothing is known, and is None when something is.
+    """
+
+    by_pid: dict[int, int | None]
+    why_unknown: str | None = None
+    library: str | None = "pynvml"
+
+    def of(self, members: Iterable[ProcessIdentity]) -> int | None:
+        """What these processes use together; None where that cannot be told."""
+        if self.why_unknown is not None:
+            return None
+        total = 0
+        for member in members:
+            used = self.by_pid.get(member.pid, 0)
+            if used is None:
+                return None
+            total += used
+        return total
+
+
+@attrs.frozen
+class Row:
+    """One run as it is shown. ``cpu`` is in percent of one core, memory in bytes; None: unknown."""
+
+    run: RegisteredRun
+    state: RunState
+    members: tuple[ProcessIdentity, ...] = ()
+    survivors: tuple[Survivor, ...] = ()
+    cpu: float | None = None
+    memory: int | None = None
+    gpu: int | None = None
+
+
+@attrs.frozen
+class Look:
+    """One look at all runs; ``at`` is in epoch seconds."""
+
+    at: float
+    rows: tuple[Row, ...]
+    gpu: Gpu
+
+
+@attrs.define
+class Survey:
+    """Looks at the runs, again and again: processor time is what was used between two looks."""
+
+    registry: RunRegistry
+    project: str | None = None
+    _seconds: dict[ProcessIdentity, float] = attrs.field(factory=dict)
+    _sampled_at: float | None = None
+
+    def look(self) -> Look:
+        runs = self.registry.runs()
+        shown = [run for run in runs if self.project in (None, run.record.project)]
+        survivors = survivors_of(shown, Membership(runs))
+        members = members_of(shown, survivors)
+        if self._sampled_at is None and any(members.values()):
+            self._sample(members)
+            time.sleep(_SAMPLE)
+        cpu = self._sample(members)
+        gpu = read_gpu()
+        rows = []
+        for run in shown:
+            run_id = run.record.run_id
+            state = RunState.SURVIVORS if survivors.get(run_id) else run.state
+            # The processes of another pid namespace cannot be told from here.
+            known = run.record.is_local or not run.is_live
+            rows.append(
+                Row(
+                    run=run,
+                    state=state,
+                    members=members[run_id],
+                    survivors=survivors.get(run_id, ()),
+                    cpu=cpu[run_id] if known else None,
+                    memory=memory_of(members[run_id]) if known else None,
+                    gpu=gpu.of(members[run_id]) if known else None,
+                )
+            )
+        return Look(time.time(), tuple(rows), gpu)
+
+    def _sample(self, members: Mapping[str, Iterable[ProcessIdentity]]) -> dict[str, float | None]:
+        """The processor time that each run used since the last sample, in percent of one core."""
+        now = time.monotonic()
+        seconds = {
+            identity: spent
+            for identity in {one for those in members.values() for one in those}
+            if (spent := _cpu_seconds(identity)) is not None
+        }
+        before, began = self._seconds, self._sampled_at
+        self._seconds, self._sampled_at = seconds, now
+        if began is None or now <= began:
+            return dict.fromkeys(members)
+        passed = now - began
+
+        def used(identity: ProcessIdentity) -> float:
+            if identity not in seconds or not (identity in before or _is_younger(identity, passed)):
+                return 0.0
+            return seconds[identity] - before.get(identity, 0.0)
+
+        return {run_id: 100 * sum(map(used, those)) / passed for run_id, those in members.items()}
+
+
+def to_json(look: Look) -> dict[str, Any]:
+    """What ``--json`` prints. Its schema is in docs/cli.md; new fields may be added to it."""
+    return {
+        "version": 1,
+        "at": look.at,
+        "host": socket.gethostname(),
+        "gpu": {"library": look.gpu.library, "unknown_because": look.gpu.why_unknown},
+        "runs": [_row_to_json(row, look.at) for row in look.rows],
+    }
+
+
+def _row_to_json(row: Row, now: float) -> dict[str, Any]:
+    record = row.run.record
+    return {
+        "run_id": record.run_id,
+        "project": record.project,
+        "state": row.state.value,
+        "pid": record.pid,
+        "rank": record.rank,
+        "host": record.host,
+        "user": record.user,
+        "is_local": record.is_local,
+        "parent": record.parent,
+        "argv": list(record.argv),
+        "cwd": record.cwd,
+        "lock": record.lock,
+        "tmp_dir": record.tmp_dir,
+        "started_at": record.started_at,
+        "age_seconds": max(0.0, now - record.started_at),
+        "pids": [member.pid for member in row.members],
+        "cpu_percent": None if row.cpu is None else round(row.cpu, 1),
+        "memory_bytes": row.memory,
+        "gpu_memory_bytes": row.gpu,
+        "survivors": [
+            {"pid": one.pid, "command": one.command, "evidence": one.evidence}
+            for one in row.survivors
+        ],
+    }
+
+
+def read_gpu() -> Gpu:
+    """What the NVIDIA driver says of the processes. It is asked only through pynvml."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an old one asks to be replaced
+            pynvml: Any = import_module("pynvml")
+    except ImportError:
+        return Gpu({}, "pynvml cannot be imported (package nvidia-ml-py)", library=None)
+    try:
+        pynvml.nvmlInit()
+    except Exception as error:  # no driver, or one that does not match
+        return Gpu({}, f"the NVIDIA driver does not answer: {error}")
+    try:
+        if processes.pid_namespace() != output.FIRST_PID_NAMESPACE:
+            return Gpu({}, "the driver's pids are not those of this container")
+        return Gpu(_gpu_memory(pynvml))
+    except Exception as error:
+        return Gpu({}, f"the NVIDIA driver does not tell: {error}")
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu_memory(pynvml: Any) -> dict[int, int | None]:
+    by_pid: dict[int, int | None] = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        device = pynvml.nvmlDeviceGetHandleByIndex(index)
+        used = {one.pid: one for one in pynvml.nvmlDeviceGetGraphicsRunningProcesses(device)}
+        # A process may be in both lists, with the same memory.
+        used.update({one.pid: one for one in pynvml.nvmlDeviceGetComputeRunningProcesses(device)})
+        for pid, one in used.items():
+            known = by_pid.get(pid, 0)
+            missing = one.usedGpuMemory is None or known is None
+            by_pid[pid] = None if missing else known + one.usedGpuMemory
+    return by_pid
+
+
+def _cpu_seconds(identity: ProcessIdentity) -> float | None:
+    try:
+        times = psutil.Process(identity.pid).cpu_times()
+    except (psutil.Error, OSError):
+        return None
+    if processes.identity_of(identity.pid) != identity:
+        return None
+    return float(times.user + times.system)
+
+
+def _is_younger(identity: ProcessIdentity, seconds: float) -> bool:
+    return processes.now() - identity.create_time <= seconds
+
+
+def _print(look: Look, console: Console, *, as_json: bool, lines: bool = False) -> None:
+    if as_json:
+        click.echo(json.dumps(to_json(look), indent=None if lines else 2))
+        return
+    for line in table(look, output.width_of(console)):
+        output.write(console, line)
+
+
+def _watch(survey: Survey, console: Console) -> None:
+    from rich.live import Live
+
+    view = _View(survey.look())
+    try:
+        with Live(view, console=console, screen=True, auto_refresh=True, refresh_per_second=4):
+            while True:
+                time.sleep(_INTERVAL)
+                view.look = survey.look()
+    except KeyboardInterrupt:
+        pass
+
+
+@attrs.define
+class _View:
+    """The last look, drawn anew whenever the terminal asks: it may have another size by now."""
+
+    look: Look
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        clock = time.strftime("%H:%M:%S", time.localtime(self.look.at))
+        yield Text(f"{clock}  Ctrl-C ends", style=output.DETAIL, no_wrap=True)
+        yield Text("")
+        for line in table(self.look, output.width_of(console, options.max_width)):
+            line.no_wrap = True
+            line.overflow = "crop"
+            yield line
+
+
+def table(look: Look, width: int) -> Iterator[Text]:
+    """The runs in lines of at most ``width`` columns.
+
+    Where there is room a run is one line; elsewhere its command, directory and lock follow below.
+    """
+    if not look.rows:
+        yield Text("No runs.")
+        return
+    header, *rows = _columns(look)
+    widths = [max(cell.cell_len for cell in column) for column in zip(header, *rows, strict=True)]
+    over = sum(widths) + 2 * len(widths) - 2 - width
+    if over > 0:  # a project's name may be long; the numbers are short
+        widths[0] = max(8, widths[0] - over)
+    room = width - sum(widths) - 2 * len(widths)
+    wide = room >= 90
+    details = [_details(row) for row in look.rows]
+    detail_widths = _share(room - 4, ("COMMAND", "DIRECTORY", "LOCK"), details) if wide else []
+    if wide:
+        titles = ("COMMAND", "DIRECTORY", "LOCK")
+        header = [*header, *(Text(title, "bold") for title in titles)]
+    yield _line(header, [*widths, *detail_widths])
+    for row, cells, detail in zip(look.rows, rows, details, strict=True):
+        if wide:
+            command, cwd, lock = detail
+            cells = [
+                *cells,
+                Text(output.shorten(command, detail_widths[0])),
+                Text(output.shorten_path(cwd, detail_widths[1])),
+                Text(output.shorten_path(lock, detail_widths[2])),
+            ]
+        yield _line(cells, [*widths, *detail_widths])
+        yield from _below(row, detail, width, whole=not wide)
+    yield from _notes(look, width)
+
+
+def _columns(look: Look) -> list[list[Text]]:
+    """The cells of the columns that are never left out for want of room, header first."""
+    ranks = any(row.run.record.rank is not None for row in look.rows)
+    gpu = look.gpu.library is not None
+    titles = ["PROJECT", "STATE", "PID", "AGE", *["RANK"] * ranks, "CPU", "MEMORY", *["GPU"] * gpu]
+    lines = [[Text(title, "bold") for title in titles]]
+    for row in look.rows:
+        record = row.run.record
+        lines.append(
+            [
+                Text(output.shorten(record.project, 40)),
+                _STATE_WORDS[row.state].copy(),
+                Text(str(record.pid)),
+                Text(output.age(look.at - record.started_at)),
+                *[Text("-" if record.rank is None else str(record.rank))] * ranks,
+                Text(_percent(row)),
+                Text(_bytes(row, row.memory)),
+                *[Text(_bytes(row, row.gpu))] * gpu,
+            ]
+        )
+    return lines
+
+
+def _percent(row: Row) -> str:
+    if row.state is RunState.DEAD:
+        return "-"
+    return "unknown" if row.cpu is None else f"{row.cpu:.0f}%"
+
+
+def _bytes(row: Row, number: int | None) -> str:
+    return "-" if row.state is RunState.DEAD else output.size(number)
+
+
+def _details(row: Row) -> tuple[str, str, str]:
+    record = row.run.record
+    return output.command(record.argv), record.cwd, record.lock or "-"
+
+
+def _share(room: int, titles: Sequence[str], details: Sequence[Sequence[str]]) -> list[int]:
+    """Widths for columns that together need more than there is: the widest give way."""
+    # Printed as they will be, since an escape takes more room than what it stands for.
+    wanted = [
+        max(len(title), *(cell_len(printable(row[at])) for row in details))
+        for at, title in enumerate(titles)
+    ]
+    while sum(wanted) > room:
+        wanted[wanted.index(max(wanted))] -= 1
+    return wanted
+
+
+def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
+    line = Text()
+    for cell, width in zip(cells, widths, strict=True):
+        if cell.cell_len > width:
+            cell = Text(output.shorten(cell.plain, width), cell.style)
+        line.append_text(cell)
+        line.append(" " * (width - cell.cell_len + 2))
+    line.rstrip()
+    return line
+
+
+def _below(row: Row, detail: tuple[str, str, str], width: int, *, whole: bool) -> Iterator[Text]:
+    """What is said of a run below its line."""
+    shown, cwd, lock = detail
+    record = row.run.record
+    if whole:
+        yield Text(f"  {output.shorten(shown, width - 2)}", output.DETAIL)
+        where, held = (
+            f"in {output.shorten_path(cwd, 999)}",
+            f"lock {output.shorten_path(lock, 999)}",
+        )
+        if len(where) + len(held) + 4 <= width:
+            yield Text(f"  {where}, {held}", output.DETAIL)
+        else:
+            yield Text(f"  in {output.shorten_path(cwd, width - 5)}", output.DETAIL)
+            yield Text(f"  lock {output.shorten_path(lock, width - 7)}", output.DETAIL)
+    if not record.is_local and row.run.is_live:
+        here = record.host == socket.gethostname()
+        where = "in another pid namespace" if here else f"on {record.host}"
+        yield Text(f"  {output.shorten(f'{where}: its processes are unknown here', width - 2)}")
+    # The workers of one pool show one command line.
+    alike: dict[tuple[str, str], list[str]] = {}
+    for survivor in row.survivors:
+        alike.setdefault((survivor.evidence, survivor.command), []).append(str(survivor.pid))
+    for (evidence, command), pids in alike.items():
+        named = f"pid{'s' * (len(pids) > 1)} {', '.join(pids)}"
+        text = f"{named}, {evidence}: {output.command(command.split(' '))}"
+        yield Text(f"  {output.shorten(text, width - 2)}", "red")
+
+
+def _notes(look: Look, width: int) -> Iterator[Text]:
+    notes = []
+    if look.gpu.library is not None and look.gpu.why_unknown is not None:
+        notes.append(f"GPU memory is unknown: {look.gpu.why_unknown}")
+    if any(row.state in (RunState.SURVIVORS, RunState.DEAD) for row in look.rows):
+        notes.append("What dead runs left: orchard-infra clean --dry-run")
+    if notes:
+        yield Text("")
+    for note in notes:
+        yield Text(output.shorten(note, width), output.DETAIL)

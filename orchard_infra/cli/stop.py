@@ -1,0 +1,357 @@
+"""`orchard-infra stop`: ask a run to stop, and kill it with all that belongs to it if it does not.
+
+The exit status is
+
+===  ===========================================================================
+  0  nothing of the run lives any more, whether it stopped or was killed
+  1  something of it still lives, or it is not one that can be stopped from here
+  2  the command line is wrong
+  3  there is no such run
+130  interrupted by Ctrl-C: what was asked to stop goes on stopping
+===  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import attrs
+import click
+from rich.console import Console
+from rich.text import Text
+
+from orchard_infra import processes
+from orchard_infra.cli import output
+from orchard_infra.cli.trees import members_of, survivors_of
+from orchard_infra.membership import Membership, command_of, is_ours
+from orchard_infra.processes import ProcessIdentity
+from orchard_infra.runs import (
+    RUN_ID_VARIABLE,
+    RegisteredRun,
+    RunRegistry,
+    RunState,
+    printable,
+)
+from orchard_infra.terminating import StopOutcome, stop_processes
+
+NO_SUCH_RUN = 3
+INTERRUPTED = 128 + signal.SIGINT
+_POLL = 0.05  # seconds
+_SETTLES = 0.5  # seconds in which workers leave by themselves once their parent has
+_SAY_AGAIN = 10.0  # seconds between two lines of progress where there is no terminal
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orchard-infra stop digits
+  orchard-infra stop 4711 --grace 300
+
+Exits with 0 when nothing of the run lives any more, with 3 when there is no such run.
+"""
+)
+@click.argument("target", metavar="PROJECT|PID", shell_complete=output.complete_project)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to stop in, before it is killed.",
+)
+@click.pass_context
+def stop(context: click.Context, target: str, grace: float) -> None:
+    """Ask a run to stop: it finishes its step, saves, and releases what it holds.
+
+    A PROJECT means all of its runs, those that wait for its lock first; a PID means the run that
+    this process leads. What has not ended after the grace is killed, with all that belongs to it.
+    """
+    with output.errors_told():
+        registry = RunRegistry()
+        runs = _named(registry.runs(), target)
+        if not runs:
+            click.echo(f"Error: {printable(_why_none(registry, target))}", err=True)
+            context.exit(NO_SUCH_RUN)
+        stopping = Stopping(registry, runs, grace, output.console(stderr=True))
+        try:
+            results = stopping.carry_out()
+        except KeyboardInterrupt:
+            told = "Interrupted. What was asked to stop goes on stopping; nothing more is killed."
+            click.echo(told, err=True)
+            context.exit(INTERRUPTED)
+    console = output.console()
+    for result in results:
+        output.write(console, Text(printable(result.text), "" if result.is_gone else "red"))
+    context.exit(0 if all(result.is_gone for result in results) else 1)
+
+
+@attrs.frozen
+class Result:
+    """What became of one run; ``text`` is for a person."""
+
+    text: str
+    is_gone: bool = True
+
+
+@attrs.define
+class _Target:
+    """A run that is to end. ``members`` are all processes of it that were ever seen."""
+
+    run: RegisteredRun
+    members: set[ProcessIdentity]
+    asked: bool = False
+    ended_after: float | None = None  # seconds; None: its leader was still there at the end
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.record.project} (pid {self.run.record.pid})"
+
+    def left(self) -> list[ProcessIdentity]:
+        return sorted(member for member in self.members if processes.is_alive(member))
+
+
+Progress = Callable[[Sequence[_Target], float], None]
+
+
+@attrs.define
+class Stopping:
+    """One try to stop these runs, together: they share the grace."""
+
+    registry: RunRegistry
+    runs: Sequence[RegisteredRun]
+    grace: float
+    console: Console
+    _enclosing: set[str] = attrs.field(factory=set, init=False)
+
+    def carry_out(self) -> list[Result]:
+        results = [
+            Result(_why_not_from_here(run), is_gone=False)
+            for run in self.runs
+            if run.is_live and not run.record.is_local
+        ]
+        targets = self._targets()
+        began = time.monotonic()
+        for target in targets:
+            target.asked = target.run.is_live and ask_to_stop(target.run.record.leader)
+        with self._progress(targets) as show:
+            self._wait_for_leaders(targets, began, show)
+            outcome = self._stop_the_rest(targets, began + self.grace)
+        return results + [self._result(target, outcome) for target in targets]
+
+    def _targets(self) -> list[_Target]:
+        """Those that wait for a lock come first: else one of them would start when it goes free."""
+        here = [run for run in self.runs if run.record.is_local or not run.is_live]
+        runs = self.registry.runs()
+        for run in here:
+            above = set(processes.ancestors(run.record.pid))
+            self._enclosing.update(self.registry.lineage(run.record.run_id))
+            self._enclosing.update(
+                other.record.run_id
+                for other in runs
+                if other.is_live and other.record.is_local and other.record.pid in above
+            )
+        targets = [_Target(run, set()) for run in here]
+        self._look_again(targets)
+        return sorted(targets, key=lambda target: target.run.state is not RunState.WAITING)
+
+    def _wait_for_leaders(self, targets: Sequence[_Target], began: float, show: Progress) -> None:
+        while True:
+            waited = time.monotonic() - began
+            waited_for = []
+            for target in targets:
+                if processes.is_alive(target.run.record.leader):
+                    waited_for.append(target)
+                elif target.ended_after is None:
+                    target.ended_after = waited
+            if not waited_for or waited >= self.grace:
+                return
+            show(waited_for, waited)
+            time.sleep(min(_POLL, self.grace - waited))
+
+    def _stop_the_rest(self, targets: Sequence[_Target], deadline: float) -> StopOutcome:
+        """Who outlived its leader is asked, and has what is left of the grace."""
+        settled = min(deadline, time.monotonic() + _SETTLES)
+        while any(target.left() for target in targets) and time.monotonic() < settled:
+            time.sleep(_POLL)
+        self._look_again(targets)
+        rest = max(0.0, deadline - time.monotonic())
+        outcome = self._stop(targets, rest)
+        self._look_again(targets)
+        if any(target.left() for target in targets):  # started while the others ended
+            late = self._stop(targets, 0.0)
+            outcome = _sum(outcome, late)
+        return outcome
+
+    def _look_again(self, targets: Sequence[_Target]) -> None:
+        """Find who has come since, also of a run whose record is gone by now."""
+        runs = {run.record.run_id: run for run in self.registry.runs()}
+        current = []
+        for target in targets:
+            run = runs.get(target.run.record.run_id, target.run)
+            if run.is_live and not processes.is_alive(run.record.leader):
+                run = attrs.evolve(run, state=RunState.SURVIVORS)
+            current.append(run)
+        found = members_of(current, survivors_of(current, Membership(tuple(runs.values()))))
+        is_spared = self._spare()
+        for target in targets:
+            new = set(found[target.run.record.run_id]) - target.members
+            target.members |= {member for member in new if not is_spared(member.pid)}
+
+    def _stop(self, targets: Sequence[_Target], grace: float) -> StopOutcome:
+        left = [member for target in targets for member in target.left()]
+        return stop_processes(left, grace=grace, spare=self._spare())
+
+    def _spare(self) -> Callable[[int], bool]:
+        """Daemons that opted out, and other live runs, even if they were started in one of these.
+
+        A run within another one is below its leader, too: that does not make it the other's.
+        """
+        ours = {run.record.run_id for run in self.runs} | self._enclosing
+        others = Membership(
+            tuple(run for run in self.registry.runs() if run.record.run_id not in ours)
+        )
+
+        def opted_out(pid: int) -> bool:
+            return processes.started_with(pid, RUN_ID_VARIABLE, ("",)) is not None
+
+        # What a daemon forks shows the daemon's own environment.
+        daemons = any(opted_out(run.record.pid) for run in self.runs)
+
+        def is_spared(pid: int) -> bool:
+            if not daemons and opted_out(pid):
+                return True
+            return not is_ours(pid) or others.live_run_of(pid) is not None
+
+        return is_spared
+
+    def _result(self, target: _Target, outcome: StopOutcome) -> Result:
+        leader = target.run.record.leader
+        killed = [one for one in outcome.killed if one in target.members]
+        stopped = [one for one in outcome.stopped if one in target.members]
+        if leader in killed:
+            told = f"killed: it did not stop within {self.grace:g} s"
+        elif not target.run.is_live:
+            told = "was dead already"
+            if not target.members:
+                told += "; what it left is removed by orchard-infra clean"
+        elif target.ended_after is not None:
+            told = f"stopped after {target.ended_after:.1f} s"
+        else:
+            told = "stopped" if leader in stopped else "not stopped"
+        for others, what in ((stopped, "stopped"), (killed, "killed")):
+            number = len([one for one in others if one != leader])
+            if number:
+                told += f"; {output.count(number, 'process', 'processes')} of it {what}"
+        rest = target.left()
+        if rest:
+            listed = ", ".join(f"pid {one.pid} ({command_of(one.pid)})" for one in rest[:5])
+            told += f"; still there: {listed}"
+        return Result(f"{target.name}: {told}", is_gone=not rest)
+
+    @contextlib.contextmanager
+    def _progress(self, targets: Sequence[_Target]) -> Iterator[Progress]:
+        for target in targets:
+            if target.asked:
+                line = printable(f"{target.name}: asked to stop")
+                output.write(self.console, Text(line, output.DETAIL))
+        with contextlib.ExitStack() as stack:
+            status = None
+            if self.console.is_terminal:
+                status = stack.enter_context(self.console.status(Text("stopping")))
+            said = 0.0
+
+            def show(waited_for: Sequence[_Target], waited: float) -> None:
+                nonlocal said
+                if status is None and waited - said < _SAY_AGAIN:
+                    return
+                said = waited
+                names = ", ".join(target.name for target in waited_for)
+                left = sum(len(target.left()) for target in waited_for)
+                line = (
+                    f"{waited:.0f} of {self.grace:g} s, "
+                    f"{output.count(left, 'process', 'processes')} left: {names}"
+                )
+                if status is None:
+                    output.write(self.console, printable(line))
+                else:
+                    width = output.width_of(self.console) - 4
+                    status.update(Text(output.shorten(line, width)))
+
+            yield show
+
+
+def ask_to_stop(leader: ProcessIdentity) -> bool:
+    """Send SIGTERM to this very process, if it is ours; whether it was sent."""
+    pidfd = None
+    try:
+        # Opened before the look: if it is still the process we mean, it is the one we opened.
+        with contextlib.suppress(AttributeError, OSError):  # no Linux, an old one, or gone
+            pidfd = os.pidfd_open(leader.pid)
+        if not processes.is_alive(leader) or not is_ours(leader.pid):
+            return False
+        _send(leader.pid, pidfd, signal.SIGTERM)
+        stat = processes.read_stat(leader.pid)
+        if stat is not None and stat.state == "T":  # it was stopped by Ctrl-Z, and sees no signal
+            _send(leader.pid, pidfd, signal.SIGCONT)
+        return True
+    except (ProcessLookupError, PermissionError):
+        return False
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _send(pid: int, pidfd: int | None, signum: signal.Signals) -> None:
+    if pidfd is None:
+        os.kill(pid, signum)
+    else:
+        signal.pidfd_send_signal(pidfd, signum)
+
+
+def _named(runs: Sequence[RegisteredRun], target: str) -> list[RegisteredRun]:
+    """The runs that a person means: those of a project, or the one that a process leads, with
+    its ranks.
+    """
+    found = [run for run in runs if str(run.record.pid) == target and run.record.is_local]
+    if not found:
+        return [run for run in runs if run.record.project == target]
+    # The ranks that it has started are runs of the same project; runs are sorted by age.
+    for run in runs:
+        outer = next((one for one in found if one.record.run_id == run.record.parent), None)
+        if outer is not None and outer.record.project == run.record.project and run not in found:
+            found.append(run)
+    return found
+
+
+def _why_none(registry: RunRegistry, target: str) -> str:
+    runs = registry.runs()
+    if target.isdecimal() and len(target) < 10:
+        pid = int(target)
+        run = Membership(runs).live_run_of(pid)
+        if run is not None:
+            record = run.record
+            return (
+                f"pid {pid} leads no run; it belongs to one of project {record.project}. "
+                f"Stop that with: orchard-infra stop {record.pid}"
+            )
+        return f"pid {pid} leads no run of yours, and a process that is in no run is not touched"
+    projects = sorted({run.record.project for run in runs})
+    known = f"There are runs of: {', '.join(projects)}" if projects else "There are no runs"
+    return f"no run of project {target}. {known}"
+
+
+def _why_not_from_here(run: RegisteredRun) -> str:
+    record = run.record
+    return (
+        f"{record.project} (pid {record.pid}): runs on {record.host}, in another pid namespace or "
+        "since another boot; it can only be stopped from there"
+    )
+
+
+def _sum(one: StopOutcome, other: StopOutcome) -> StopOutcome:
+    names = attrs.fields_dict(StopOutcome)
+    return StopOutcome(**{name: getattr(one, name) + getattr(other, name) for name in names})
