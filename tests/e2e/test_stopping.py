@@ -411,7 +411,8 @@ def test_a_storm_of_signals_into_logging_never_reenters_a_writer(tmp_path):
         return run.poll() is not None
 
     wait_until(storm, interval=0.0005)
-    assert run.finish() == 143, run.error_output[-2000:]
+    # The storm goes on after the environment has ended, when signals do what they always did.
+    assert run.finish() in (143, -signal.SIGTERM), run.error_output[-2000:]
     assert "reentrant" not in run.error_output
     assert run.error_output == ""
 
