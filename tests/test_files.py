@@ -97,6 +97,11 @@ def plant_group_directory(path: Path) -> None:
     path.chmod(0o720)
 
 
+def plant_others_directory(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o702)
+
+
 @pytest.mark.parametrize(
     ("plant", "words"),
     [
@@ -107,8 +112,9 @@ def plant_group_directory(path: Path) -> None:
         (lambda path: os.mkfifo(path), "a FIFO, not a directory"),
         (plant_open_directory, "other users can write to .* chmod 700"),
         (plant_group_directory, r"mode 0720.* chmod 700"),
+        (plant_others_directory, r"mode 0702.* chmod 700"),
     ],
-    ids=["link", "dangling link", "loop", "file", "FIFO", "mode 0777", "mode 0720"],
+    ids=["link", "dangling link", "loop", "file", "FIFO", "mode 0777", "mode 0720", "mode 0702"],
 )
 def test_a_planted_directory_is_refused_and_left_as_it_is(tmp_path, plant, words):
     path = tmp_path / "runtime"
