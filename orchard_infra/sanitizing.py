@@ -184,8 +184,39 @@ class GhostSanitizer:
     def look_alikes(self, scene: Scene, members: Membership) -> list[Finding]:
         """Twins, relatives and defunct processes, with the reason for each. Only looks."""
         me = _Look.at_myself() if scene.argv is None else _Look.at(os.getpid(), scene.argv)
+        return [] if me is None else self._look_around(me, members)
+
+    def look_alikes_of(
+        self, run: RegisteredRun, members: Membership, argv: Sequence[str] | None = None
+    ) -> list[Finding]:
+        """Look-alikes of a run's program, seen from outside. Only looks.
+
+        ``argv`` is what the run executes, where that is not what its record says. A dead run has
+        left less to compare: in doubt a process is its relative.
+        """
+        me = _Look.at_run(run.record, run.record.argv if argv is None else argv)
         if me is None:
             return []
+        # So long this program needs, from its start, to register.
+        started = time.time() - _age(run.record.leader)
+        settled = min(max(2.0, 2 * (run.record.started_at - started)), 60.0)
+        found = []
+        for finding in self._look_around(me, members):
+            if finding.evidence == "twin" and _age(finding.identity) < settled:
+                finding = attrs.evolve(
+                    finding, evidence="look-alike", reason="so young that it may register yet"
+                )
+            if members.live_run_of(finding.pid) != run:
+                found.append(finding)
+        return found
+
+    def stop(self, ghosts: Sequence[Finding], scene: Scene) -> SanitizeReport:
+        """Stop what was found, trees included, unless the scene forbids it. What belongs to a live
+        run by now is spared.
+        """
+        return self._stop(list(ghosts), scene)
+
+    def _look_around(self, me: _Look, members: Membership) -> list[Finding]:
         kindred = functools.cache(kin)  # mostly there is nobody to compare it with
         found = []
         for pid in own_pids():
@@ -370,6 +401,7 @@ class _Look:
     cwd: str | None
     relative: bool  # the script was named relative to some directory
     environ: dict[str, str]
+    unsure: str = ""  # what is not known of this process, so that it has no twins
 
     @classmethod
     def at(cls, pid: int, argv: Sequence[str]) -> _Look | None:
@@ -400,6 +432,33 @@ class _Look:
             return None
         return me
 
+    @classmethod
+    def at_run(cls, record: RunRecord, argv: Sequence[str]) -> _Look | None:
+        """What a run on record executes, as far as that is certain."""
+        typed = parse_command(argv)
+        if typed is None or not record.is_local:
+            return None
+        if processes.is_alive(record.leader):
+            look = cls.at(record.pid, argv)
+            if look is None or look.create_time != record.create_time:
+                return None
+            return None if look.relative and not look.has_not_moved() else look
+        absolute = typed.kind == "script" and os.path.isabs(typed.target)
+        return cls(
+            pid=record.pid,
+            create_time=record.create_time,
+            program=resolve(typed, record.cwd),
+            cwd=record.cwd,
+            relative=not absolute,
+            environ={},
+            unsure="" if absolute else "nobody knows in which directory the dead run was started",
+        )
+
+    def has_not_moved(self) -> bool:
+        """Whether it still is in the directory that it was started in."""
+        started_in = self.environ.get("PWD")
+        return started_in is not None and os.path.realpath(started_in) == self.cwd
+
     def difference(self, me: _Look) -> str:
         """Why this is no twin of mine; empty when it is one."""
         if self.program is None or me.program is None or self.cwd is None:
@@ -409,13 +468,12 @@ class _Look:
         if self.cwd != me.cwd:
             return "other working directory"
         # It, too, may have changed its directory since: then "train.py" was another file.
-        started_in = self.environ.get("PWD")
-        unmoved = started_in is not None and os.path.realpath(started_in) == self.cwd
-        if self.relative and not unmoved and started_in != me.environ.get("PWD"):
+        same_start = self.environ.get("PWD") == me.environ.get("PWD")
+        if self.relative and not self.has_not_moved() and not same_start:
             return "started in another directory"
         if any(self.environ.get(name) != me.environ.get(name) for name in _DEVICE_VARIABLES):
             return "other visible devices"
-        return ""
+        return me.unsure
 
 
 def _defunct(pid: int, me: _Look) -> Finding | None:
