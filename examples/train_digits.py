@@ -10,6 +10,7 @@ Start it a second time meanwhile: it says who holds the project and exits with 7
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -96,7 +97,6 @@ class Training:
             shuffle=True,
             generator=self.shuffle,
             num_workers=workers,
-            worker_init_fn=leave_ctrl_c_to_the_trainer,
             # Forked workers inherit the lock's descriptor, and keep it if this process is killed.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
@@ -126,7 +126,9 @@ class Training:
             epoch, skip = divmod(self.done, len(self.loader))
             self.shuffle.manual_seed(SEED + epoch)
             self.model.train()
-            for number, (images, labels) in enumerate(self.loader):
+            with ctrl_c_blocked():
+                batches = iter(self.loader)
+            for number, (images, labels) in enumerate(batches):
                 if number < skip:
                     continue  # done before the stop that this run resumes from
                 logits = self.model(images.to(self.device))
@@ -179,9 +181,17 @@ class Training:
         os.replace(half_written, self.checkpoint)
 
 
-def leave_ctrl_c_to_the_trainer(worker: int) -> None:
-    """A terminal sends Ctrl-C to the workers, too; without them there is no step to finish."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def ctrl_c_blocked() -> Iterator[None]:
+    """What is forked meanwhile never sees a Ctrl-C, which a terminal sends to the workers, too.
+
+    Without them there would be no step to finish. This process sees it once the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def build_network() -> torch.nn.Module:
