@@ -206,6 +206,10 @@ class GhostSanitizer:
                 finding = attrs.evolve(
                     finding, evidence="look-alike", reason="so young that it may register yet"
                 )
+            elif finding.evidence == "twin" and not run.is_live:
+                # Its devices are not on record: a process that chose some is no twin of it.
+                reason = "same program, arguments and directory, and older than the dead run"
+                finding = attrs.evolve(finding, reason=reason)
             if members.live_run_of(finding.pid) != run:
                 found.append(finding)
         return found

@@ -281,7 +281,7 @@ def _orphans(patient: Patient) -> Finding:
         if found.ppid != parent and not processes.is_defunct(found):
             break  # somebody else has the pid by now
         time.sleep(0.01)
-    who = f"pid {parent} ({command_of(parent).split(' ')[0]})"
+    who = f"pid {parent} ({output.shorten(output.command(command_of(parent).split(' ')), 40)})"
     if found is not None and processes.is_defunct(found):
         return (
             Level.WARNING,

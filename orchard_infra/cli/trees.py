@@ -50,7 +50,7 @@ def members_of(
     return {run_id: tuple(sorted(those)) for run_id, those in found.items()}
 
 
-def memory_of(members: Iterable[ProcessIdentity]) -> int | None:
+def memory_of(members: Iterable[ProcessIdentity]) -> int:
     """The memory of these processes, in bytes. What they share counts once, as far as the system
     tells (Pss of proc_pid_smaps(5)): the sum of what each has resident would tell forked workers
     to be as large as their parent.

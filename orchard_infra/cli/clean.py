@@ -1,0 +1,349 @@
+"""`orchard-infra clean`: what dead runs left, with the proof for each, and away with it.
+
+The exit status is
+
+===  =======================================================================
+  0  everything was cleaned up, there was nothing to do, or it was a dry run
+  1  something could not be stopped or removed, or the answer was no
+  2  the command line is wrong
+===  =======================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import attrs
+import click
+from rich.console import Console
+from rich.text import Text
+
+from orchard_infra import processes
+from orchard_infra.artifacts import CleanReport, TemporaryArtifacts
+from orchard_infra.cli import output
+from orchard_infra.cli.trees import memory_of
+from orchard_infra.launch import Launch
+from orchard_infra.membership import Membership
+from orchard_infra.runs import (
+    RegisteredRun,
+    RunRegistry,
+    RunState,
+    describe_this_run,
+    printable,
+)
+from orchard_infra.sanitizing import Finding, GhostSanitizer, SanitizeReport, Scene
+
+_INDENT = 10  # columns
+_LISTED = 20  # files
+_WEIGHT = ("twin", "relative", "look-alike", "defunct")  # evidence, the strongest first
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  orchard-infra clean --dry-run
+  orchard-infra clean --project digits --yes
+
+Exits with 1 when something could not be cleaned up, or the answer was no.
+"""
+)
+@click.option("-n", "--dry-run", is_flag=True, help="Only show what would be done.")
+@click.option("-y", "--yes", is_flag=True, help="Do it without asking.")
+@click.option(
+    "-p",
+    "--project",
+    metavar="PROJECT",
+    shell_complete=output.complete_project,
+    help="Only for runs of this project. Shared memory is of no project.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=5.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds between SIGTERM and SIGKILL.",
+)
+@click.pass_context
+def clean(
+    context: click.Context, dry_run: bool, yes: bool, project: str | None, grace: float
+) -> None:
+    """Stop and remove what dead runs left: processes, records, directories, shared memory.
+
+    Shows first what proves that each of them is a leftover, and why what only looks like one is
+    spared; then asks. Live runs, and all that belongs to them, are never touched.
+    """
+    with output.errors_told():
+        console = output.console()
+        house = House(RunRegistry(), project, GhostSanitizer(grace=grace))
+        plan = house.survey()
+        for line in describe(plan, console):
+            output.write(console, line)
+        if plan.is_empty:
+            output.write(console, plan.why_empty())
+            return
+        output.write(console)
+        if dry_run:
+            for line in output.wrapped(console, f"This would {plan.summary()}."):
+                output.write(console, line)
+            return
+        if not yes:
+            _ask(context, plan)
+        success = True
+        for told, is_good in house.carry_out(plan):
+            success = success and is_good
+            output.write(console, Text(printable(told), "" if is_good else "red"))
+    context.exit(0 if success else 1)
+
+
+@attrs.frozen
+class Ghost:
+    """A process that is to be stopped, or spared: whose it is or resembles, and its memory."""
+
+    run: RegisteredRun
+    finding: Finding
+    memory: int = 0  # bytes
+
+
+@attrs.frozen
+class Plan:
+    """What a clean-up would do.
+
+    ``files`` is what would be removed; ``why_not`` says why no process is stopped, if that is so.
+    """
+
+    ghosts: tuple[Ghost, ...] = ()
+    spared: tuple[Ghost, ...] = ()
+    dead: tuple[RegisteredRun, ...] = ()
+    files: CleanReport = attrs.field(factory=CleanReport)
+    why_not: str | None = None
+    at: float = attrs.field(factory=time.time)
+
+    @property
+    def stoppable(self) -> tuple[Ghost, ...]:
+        return () if self.why_not is not None else self.ghosts
+
+    @property
+    def removable(self) -> tuple[RegisteredRun, ...]:
+        """The dead runs of which nothing lives once this plan is carried out."""
+        outlived = () if self.why_not is None else self.ghosts
+        kept = {ghost.run.record.run_id for ghost in outlived}
+        return tuple(run for run in self.dead if run.record.run_id not in kept)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.stoppable or self.removable or self.files.removed)
+
+    def why_empty(self) -> str:
+        if self.ghosts:
+            return "Nothing can be cleaned up from here: see above."
+        return "Nothing to clean up."
+
+    def summary(self) -> str:
+        parts = []
+        if self.stoppable:
+            memory = output.size(sum(ghost.memory for ghost in self.stoppable))
+            parts.append(
+                f"stop {output.count(len(self.stoppable), 'process', 'processes')} ({memory})"
+            )
+        things = []
+        if self.removable:
+            things.append(output.count(len(self.removable), "record"))
+        if self.files.removed:
+            things.append(f"{_kinds(self.files)} ({output.size(self.files.bytes_freed)})")
+        if things:
+            parts.append(f"remove {' and '.join(things)}")
+        return " and ".join(parts)
+
+
+@attrs.frozen
+class House:
+    """What is looked after: the runs of this user, or those of one project."""
+
+    registry: RunRegistry
+    project: str | None
+    sanitizer: GhostSanitizer
+
+    def survey(self) -> Plan:
+        """Only looks."""
+        runs = self.registry.runs()
+        shown = [run for run in runs if self.project in (None, run.record.project)]
+        members = Membership(runs)
+        dead = tuple(run for run in shown if not run.is_live)
+        survivors = [
+            Ghost(run, Finding(one.pid, one.create_time, one.command, "survivor", one.evidence))
+            for run, one in members.survivors(dead)
+        ]
+        known = {ghost.finding.pid for ghost in survivors}
+        alike = [
+            ghost for ghost in self._look_alikes(shown, members) if ghost.finding.pid not in known
+        ]
+        twins = [ghost for ghost in alike if ghost.finding.evidence == "twin"]
+        outlived = {ghost.run.record.run_id for ghost in survivors}
+        why_not = Launch.from_environ(os.environ).reason_not_to_kill()
+        gone = [run for run in dead if why_not is None or run.record.run_id not in outlived]
+        files = TemporaryArtifacts().would_collect([run.record for run in gone])
+        return Plan(
+            ghosts=tuple(map(_weigh, survivors + twins)),
+            spared=tuple(ghost for ghost in alike if ghost not in twins),
+            dead=dead,
+            files=files,
+            why_not=why_not,
+        )
+
+    def carry_out(self, plan: Plan) -> Iterator[tuple[str, bool]]:
+        """Do it. A line for each kind of thing, and whether it went well."""
+        if plan.stoppable:
+            began = processes.now()
+            scene = Scene(
+                record=describe_this_run("orchard-infra"),
+                registry=self.registry,
+                why_not=plan.why_not,
+                logger=logging.getLogger("Infrastructure"),
+                began=began,
+            )
+            report = self.sanitizer.stop([ghost.finding for ghost in plan.stoppable], scene)
+            yield from _tell_stopped(report, plan)
+        # What still lives of a run keeps its record, the evidence against it.
+        runs = self.registry.runs()
+        planned = {run.record.run_id for run in plan.removable}
+        dead = [run for run in runs if run.state is RunState.DEAD and run.record.run_id in planned]
+        outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}
+        dead = [run for run in dead if run.record.run_id not in outlived]
+        files = TemporaryArtifacts().collect([run.record for run in dead])
+        removed = [run for run in dead if self.registry.remove(run)]
+        self.registry.collect_unnamed()
+        if removed:
+            yield f"removed {output.count(len(removed), 'record')}", True
+        if files.removed:
+            yield f"removed {_kinds(files)} ({output.size(files.bytes_freed)})", True
+        for failure in files.failures:
+            yield f"not removed: {failure}", False
+        if len(removed) < len(planned):
+            left = output.count(len(planned) - len(removed), "record")
+            yield f"{left} kept: not everything of that run is gone", False
+
+    def _look_alikes(self, runs: Iterable[RegisteredRun], members: Membership) -> list[Ghost]:
+        """Each process once, with the strongest evidence that there is against it."""
+        found: dict[int, Ghost] = {}
+        for run in runs:
+            argv = output.wrapped_command(run.record.argv)
+            for finding in self.sanitizer.look_alikes_of(run, members, argv):
+                known = found.get(finding.pid)
+                if known is None or _weight(finding) < _weight(known.finding):
+                    found[finding.pid] = Ghost(run, finding)
+        return list(found.values())
+
+
+def describe(plan: Plan, console: Console) -> Iterator[Text]:
+    """The plan for a person."""
+    width = output.width_of(console)
+    if plan.ghosts:
+        yield Text("Processes of dead runs, and twins", "bold")
+        if plan.why_not is not None:
+            yield from output.wrapped(
+                console, f"None is stopped: {plan.why_not}", indent=2, style="yellow"
+            )
+        verdict = Text("stop", "red") if plan.why_not is None else Text("keep", "yellow")
+        yield from _describe_ghosts(plan.ghosts, verdict, console)
+    if plan.spared:
+        yield Text("Look-alikes", "bold")
+        yield from _describe_ghosts(plan.spared, Text("keep", "green"), console)
+    if plan.dead:
+        yield Text("Records of dead runs", "bold")
+        for run in plan.dead:
+            record = run.record
+            verdict = Text("remove", "red") if run in plan.removable else Text("keep", "yellow")
+            ago = output.age(plan.at - record.started_at)
+            line = (
+                f"{record.project}, pid {record.pid}, began {ago} ago: "
+                f"{output.command(record.argv)}"
+            )
+            yield _entry(verdict, line, width)
+    yield from _describe_files("Directories and shared memory", "remove", plan.files.removed, width)
+    yield from _describe_files(
+        "Shared memory that is not proven dead", "keep", plan.files.kept, width
+    )
+
+
+def _describe_ghosts(ghosts: Iterable[Ghost], verdict: Text, console: Console) -> Iterator[Text]:
+    """Those for which the same is to be said are said to be so together: the workers of a pool."""
+    alike: dict[tuple[str, ...], list[Ghost]] = {}
+    for ghost in ghosts:
+        finding = ghost.finding
+        key = (ghost.run.record.run_id, finding.evidence, finding.reason, finding.command)
+        alike.setdefault(key, []).append(ghost)
+    for group in alike.values():
+        finding, record = group[0].finding, group[0].run.record
+        command = output.command(finding.command.split(" "))
+        yield _entry(verdict, command, output.width_of(console))
+        memory = sum(ghost.memory for ghost in group)
+        whose = f" of {record.project} (pid {record.pid})" * (finding.evidence != "defunct")
+        told = f"{finding.evidence}{whose}: {output.shorten(finding.reason, 150)}; "
+        told += "pids " if len(group) > 1 else "pid "
+        told += ", ".join(str(ghost.finding.pid) for ghost in group)
+        told += f"; {output.size(memory)}" * bool(memory)
+        yield from output.wrapped(console, told, indent=_INDENT, style=output.DETAIL)
+
+
+def _entry(verdict: Text, text: str, width: int) -> Text:
+    space = " " * (_INDENT - 2 - verdict.cell_len)
+    return Text.assemble("  ", verdict, space, output.shorten(text, width - _INDENT))
+
+
+def _describe_files(title: str, verdict: str, paths: Sequence[Path], width: int) -> Iterator[Text]:
+    if not paths:
+        return
+    yield Text(title, "bold")
+    for path in paths[:_LISTED]:
+        shown = output.shorten_path(str(path), width - _INDENT)
+        yield _entry(Text(verdict, "red" if verdict == "remove" else "yellow"), shown, width)
+    if len(paths) > _LISTED:
+        yield Text(f"{'':{_INDENT}}and {len(paths) - _LISTED} more", output.DETAIL)
+
+
+def _kinds(files: CleanReport) -> str:
+    """
+    >>> _kinds(CleanReport(removed=(Path("/tmp/a"), Path("/dev/shm/b"), Path("/dev/shm/c"))))
+    '1 directory and 2 files of shared memory'
+    """
+    shared = sum(path.parent == Path("/dev/shm") for path in files.removed)
+    directories = len(files.removed) - shared
+    kinds = [output.count(directories, "directory", "directories")] * bool(directories)
+    kinds += [output.count(shared, "file of shared memory", "files of shared memory")] * bool(
+        shared
+    )
+    return " and ".join(kinds)
+
+
+def _tell_stopped(report: SanitizeReport, plan: Plan) -> Iterator[tuple[str, bool]]:
+    memory = {ghost.finding.identity: ghost.memory for ghost in plan.ghosts}
+    for what, findings in (("stopped", report.stopped), ("killed", report.killed)):
+        if findings:
+            freed = output.size(sum(memory.get(finding.identity, 0) for finding in findings))
+            yield f"{what} {output.count(len(findings), 'process', 'processes')} ({freed})", True
+    for finding in report.denied:
+        yield f"not stopped: {finding.describe()}", False
+
+
+def _ask(context: click.Context, plan: Plan) -> None:
+    question = plan.summary()
+    try:
+        if click.confirm(f"{question[0].upper()}{question[1:]}?"):
+            return
+        click.echo("Nothing was done.")
+    except click.Abort:
+        click.echo("\nNothing was done: nobody answered. With --yes it is done unasked.", err=True)
+    context.exit(1)
+
+
+def _weigh(ghost: Ghost) -> Ghost:
+    return attrs.evolve(ghost, memory=memory_of([ghost.finding.identity]))
+
+
+def _weight(finding: Finding) -> int:
+    return _WEIGHT.index(finding.evidence)
