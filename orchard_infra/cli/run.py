@@ -65,7 +65,7 @@ _EXAMPLES = """\b
 Examples:
   orchard-infra run -p digits -- python train.py --lr 0.1
   orchard-infra run -p digits --wait -- torchrun --nproc-per-node 2 train.py
-  orchard-infra run --lock-file /data/digits.lock --report run.json -- ./train.sh
+  orchard-infra run --lock-file data/a.lock --report run.json -- ./train.sh
 """
 
 

@@ -185,6 +185,7 @@ class Supervisor:
             elif info.si_code > 0:  # by the kernel, and so to the whole group
                 if info.si_signo == signal.SIGINT and self._terminal is not None:
                     self._press()
+                self._renew_witness()
             else:
                 self._pass_on(info.si_signo)
         if self._witness is not None:
@@ -317,10 +318,15 @@ class Supervisor:
         if self._witness is not None and self._witness.has_seen(signum):
             # For the group (kill %1, timeout) or for all of us (a scheduler, systemd): the
             # command has it. A second SIGTERM makes many programs drop what they save.
-            self._witness.dismiss()
-            self._witness = _Witness.call()
+            self._renew_witness()
         elif signum != signal.SIGCONT or self._is_stopped():
             os.kill(self.pid, signum)  # not reaped yet, so this pid is its own
+
+    def _renew_witness(self) -> None:
+        """What the old one has seen would be taken for the next signal of that kind."""
+        if self._witness is not None:
+            self._witness.dismiss()
+            self._witness = _Witness.call()
 
     def _press(self) -> None:
         """Ctrl-C. The first is the command's own affair; if it stays, the next ones are ours."""

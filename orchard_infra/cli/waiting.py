@@ -24,7 +24,7 @@ class WaitingHandler(logging.Handler):
     """Shows what the library logs before a command starts.
 
     A file lock logs that it waits at once and every half minute; the first of these starts the
-    spinner on a terminal. Everything else is one line each.
+    spinner on a terminal. Warnings are one line each.
     """
 
     def __init__(self, project: str, lock: Path, tell: Callable[[str], None]) -> None:
@@ -37,7 +37,8 @@ class WaitingHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not hasattr(record, "lock_path"):
-            self._tell(record.getMessage())
+            if record.levelno >= logging.WARNING:
+                self._tell(record.getMessage())
             return
         holder = getattr(record, "holder", None)
         if self._live is None:

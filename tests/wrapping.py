@@ -1,0 +1,100 @@
+"""What the tests of `orchard-infra run` share: the command, started as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import attrs
+import psutil
+
+from support import Script, run_command, wait_until
+
+COMMAND = str(Path(sys.executable).with_name("orchard-infra"))
+
+
+@attrs.frozen
+class Wrapper:
+    """Starts `orchard-infra run` in ``tmp_path``."""
+
+    tmp_path: Path
+
+    def start(self, *arguments: str, project: str = "digits", **popen: Any) -> Script:
+        """``arguments`` are options, then the command; a ``--`` is put where there is none."""
+        words = arguments if "--" in arguments else ("--", *arguments)
+        return run_command(self.tmp_path, [COMMAND, "run", "-p", project, *words], **popen)
+
+    def run(self, *arguments: str, **options: Any) -> Script:
+        """The same, and wait for its end."""
+        script = self.start(*arguments, **options)
+        assert script.stdin is not None
+        script.stdin.close()
+        script.finish()
+        return script
+
+    def script(self, text: str, name: str = "train.py") -> str:
+        """A Python program for it to run; its name."""
+        (self.tmp_path / name).write_text(textwrap.dedent(text), "utf-8")
+        return name
+
+    def report(self, name: str = "report.json") -> dict[str, Any]:
+        found = json.loads((self.tmp_path / name).read_text("utf-8"))
+        assert isinstance(found, dict)
+        return found
+
+
+def child_of(script: Script) -> psutil.Process:
+    """The command that a wrapper runs."""
+    return _child(script.pid, is_witness=False)
+
+
+def wait_for_witness(pid: int) -> None:
+    """Until the wrapper can tell a signal for the whole group from one for itself."""
+    _child(pid, is_witness=True)
+
+
+def _child(pid: int, *, is_witness: bool) -> psutil.Process:
+    def find() -> psutil.Process | None:
+        for child in psutil.Process(pid).children():
+            try:
+                if (COMMAND in child.cmdline()) == is_witness:
+                    return child
+            except psutil.NoSuchProcess:
+                pass
+        return None
+
+    found = wait_until(find)
+    assert found is not None
+    return found
+
+
+# Says which signals it gets, and when it is ready. USR2 ends it.
+LISTENER = r"""
+    import os, signal, sys
+
+    def said(signum, frame):
+        # One write, which another signal cannot come into.
+        os.write(1, f"got {signal.Signals(signum).name}\n".encode())
+        if signum == signal.SIGUSR2:
+            os._exit(7)
+
+    for name in sys.argv[1:]:
+        signal.signal(getattr(signal, "SIG" + name), said)
+    print("ready", os.getpid(), flush=True)
+    while True:
+        signal.pause()
+"""
+
+
+def is_stopped(pid: int) -> bool:
+    return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+
+
+def send(script: Script, *signals: signal.Signals) -> None:
+    for signum in signals:
+        os.kill(script.pid, signum)
