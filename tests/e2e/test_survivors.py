@@ -292,6 +292,50 @@ def test_children_from_before_the_block_and_excluded_ones_are_left(tmp_path):
     assert not is_running(within)
 
 
+def test_a_run_that_ends_by_os_exit_leaves_nothing_to_the_next_but_its_files(tmp_path):
+    run = run_python(
+        tmp_path,
+        """
+        import os, subprocess, sys
+        from orchard_infra import EnvironmentConfig, managed_environment
+        with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)) as env:
+            if len(sys.argv) > 1:
+                child = subprocess.Popen(["sleep", "1000"])
+                print("in", child.pid, env.tmp_dir, env.run.run_id, flush=True)
+                os._exit(7)
+            print("next", flush=True)
+        """,
+        "exit",
+    )
+    _, child, tmp_dir, run_id = run.wait_for("in").split()
+    assert run.finish() == 7
+    assert is_running(int(child))
+    after = run_python(tmp_path, tmp_path / "script.py")
+    after.wait_for("next")
+    assert after.finish() == 0
+    assert not is_running(int(child))
+    assert not Path(tmp_dir).exists()
+    assert not Path(os.environ["ORCHARD_INFRA_DIR"], "runs", f"{run_id}.run").exists()
+
+
+def test_a_worker_that_is_killed_is_the_program_s_own_business(tmp_path):
+    run = run_python(
+        tmp_path,
+        """
+        import os, signal, subprocess
+        from orchard_infra import managed_environment
+        with managed_environment("digits") as env:
+            worker = subprocess.Popen(["sleep", "1000"])
+            worker.kill()
+            print("worker", worker.wait(), flush=True)
+            env.verify()
+        print("left", env.lock_path.exists(), env.tmp_dir.exists(), flush=True)
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output.splitlines() == ["worker -9", "left False False"]
+
+
 def test_two_environments_of_one_process_leave_each_other_s_children_alone(tmp_path):
     run = run_python(
         tmp_path,
