@@ -43,6 +43,7 @@ _WEIGHT = ("twin", "relative", "look-alike", "defunct")  # evidence, the stronge
 
 
 @click.command(
+    short_help="Stop and remove what dead runs left.",
     epilog="""\b
 Examples:
   orchard-infra clean --dry-run

@@ -21,6 +21,7 @@ _NAME_WIDTH = 18
 
 
 @click.command(
+    short_help="Check whether runs can be protected here.",
     epilog="""\b
 Examples:
   orchard-infra doctor

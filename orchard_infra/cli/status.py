@@ -31,6 +31,7 @@ from orchard_infra.runs import (
 )
 
 _SAMPLE = 0.2  # seconds between two looks at the processor time, for one look at the runs
+_PATH_WIDTH = 24  # columns for a path, where there are not enough for all
 _INTERVAL = 1.0  # seconds between two looks with --watch
 _STATE_WORDS = {
     RunState.RUNNING: Text("running", "green"),
@@ -41,6 +42,7 @@ _STATE_WORDS = {
 
 
 @click.command(
+    short_help="Show every run: running, waiting, dead, and its survivors.",
     epilog="""\b
 Examples:
   orchard-infra status
@@ -68,12 +70,15 @@ def status(as_json: bool, watch: bool, project: str | None) -> None:
         console = output.console()
         if not watch:
             _print(survey.look(), console, as_json=as_json)
-        elif as_json or not console.is_terminal:
-            while True:
-                _print(survey.look(), console, as_json=as_json, lines=True)
-                time.sleep(_INTERVAL)
-        else:
+            return
+        try:
+            if as_json or not console.is_terminal:
+                while True:
+                    _print(survey.look(), console, as_json=as_json, lines=True)
+                    time.sleep(_INTERVAL)
             _watch(survey, console)
+        except KeyboardInterrupt:
+            pass  # it is how one leaves
 
 
 @attrs.frozen
@@ -284,13 +289,10 @@ def _watch(survey: Survey, console: Console) -> None:
     from rich.live import Live
 
     view = _View(survey.look())
-    try:
-        with Live(view, console=console, screen=True, auto_refresh=True, refresh_per_second=4):
-            while True:
-                time.sleep(_INTERVAL)
-                view.look = survey.look()
-    except KeyboardInterrupt:
-        pass
+    with Live(view, console=console, screen=True, auto_refresh=True, refresh_per_second=4):
+        while True:
+            time.sleep(_INTERVAL)
+            view.look = survey.look()
 
 
 @attrs.define
@@ -383,14 +385,18 @@ def _details(row: Row) -> tuple[str, str, str]:
 
 
 def _share(room: int, titles: Sequence[str], details: Sequence[Sequence[str]]) -> list[int]:
-    """Widths for columns that together need more than there is: the widest give way."""
+    """Widths for a command and two paths that together need more than there is.
+
+    The paths give way first, down to what tells most of them; then the widest.
+    """
     # Printed as they will be, since an escape takes more room than what it stands for.
     wanted = [
         max(len(title), *(cell_len(printable(row[at])) for row in details))
         for at, title in enumerate(titles)
     ]
     while sum(wanted) > room:
-        wanted[wanted.index(max(wanted))] -= 1
+        paths = [at for at in (1, 2) if wanted[at] > _PATH_WIDTH] or range(len(wanted))
+        wanted[max(paths, key=wanted.__getitem__)] -= 1
     return wanted
 
 

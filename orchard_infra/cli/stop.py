@@ -46,6 +46,7 @@ _SAY_AGAIN = 10.0  # seconds between two lines of progress where there is no ter
 
 
 @click.command(
+    short_help="Ask a run to stop; kill it if it does not.",
     epilog="""\b
 Examples:
   orchard-infra stop digits
