@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import functools
 import json
 import os
 import socket
@@ -146,10 +147,15 @@ def describe_this_run(
 
 def to_json(record: RunRecord, state: RunState | None = None) -> bytes:
     """A record as one line of JSON."""
-    fields: dict[str, Any] = {"orchard_infra": 1, **attrs.asdict(record)}
+    line = _to_json(record)
     if state is not None:
-        fields["state"] = state.value
-    return json.dumps(fields).encode() + b"\n"
+        line = f'{line[:-1]}, "state": "{state.value}"}}'
+    return line.encode() + b"\n"
+
+
+@functools.lru_cache(maxsize=8)  # written three times in every run: twice here, once in the lock
+def _to_json(record: RunRecord) -> str:
+    return json.dumps({"orchard_infra": 1, **attrs.asdict(record, recurse=False)})
 
 
 def from_json(data: bytes) -> tuple[RunRecord, RunState | None]:
@@ -405,9 +411,8 @@ def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
     """
     import portalocker  # 50 ms
 
-    kind = portalocker.LockFlags.SHARED if shared else portalocker.LockFlags.EXCLUSIVE
     try:
-        portalocker.lock(fd, kind | portalocker.LockFlags.NON_BLOCKING)
+        portalocker.lock(fd, _lock_flags(shared))
     except portalocker.AlreadyLocked:
         return False
     except portalocker.LockException as error:
@@ -416,6 +421,13 @@ def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
             raise cause from None
         raise OSError(errno.ENOLCK, str(error)) from error
     return True
+
+
+@functools.cache  # arithmetic with enum flags costs more than flock(2)
+def _lock_flags(shared: bool) -> Any:
+    from portalocker import LockFlags
+
+    return (LockFlags.SHARED if shared else LockFlags.EXCLUSIVE) | LockFlags.NON_BLOCKING
 
 
 def unlock_descriptor(fd: int) -> None:
