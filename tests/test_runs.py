@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import stat
 import sys
@@ -328,6 +329,18 @@ def test_leaving_twice_is_once(registry):
         assert os.fstat(other.fileno())
 
 
+def test_who_has_left_takes_nobody_s_record_along(registry):
+    """Not even one that got the very same name and inode. A mock: inodes come as they please."""
+    record = describe_this_run("digits")
+    former = registry.register(record)
+    former.close()
+    registration = registry.register(record)
+    former._file = registration._file
+    former.close()
+    assert registry.find(record.run_id).is_live
+    registration.close()
+
+
 def test_a_forked_child_that_leaves_takes_nothing_with_it(registry):
     registration = registry.register(describe_this_run("digits"))
     child = os.fork()
@@ -620,6 +633,32 @@ def test_readers_at_the_same_time_take_nobody_for_what_it_is_not(tmp_path, regis
     assert [script.wait_for("wrong") for script in readers] == ["wrong []"] * 5
     assert is_running(child)
     assert state_of(registry, orphaned.run_id) is RunState.SURVIVORS
+
+
+def test_a_fork_in_the_middle_of_a_look_keeps_no_lock(tmp_path, registry, monkeypatch):
+    """Of another thread, say: the child has the descriptor as well, for as long as it lives."""
+    run = start(tmp_path)
+    run.kill()
+    really = runs._leader_lives
+    children = []
+
+    def fork_and_look(record: RunRecord) -> bool:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        children.append(child)
+        return really(record)
+
+    monkeypatch.setattr(runs, "_leader_lives", fork_and_look)
+    found = registry.find(run.run_id)
+    monkeypatch.setattr(runs, "_leader_lives", really)
+    assert children
+    assert found.state is RunState.DEAD
+    assert state_of(registry, run.run_id) is RunState.DEAD
+    assert registry.remove(found)
+    for child in children:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
 
 
 def test_what_a_crash_inside_register_left_is_collected_and_nothing_else(tmp_path, registry):
