@@ -1,0 +1,1016 @@
+"""A run leaves nothing behind, a dead one neither, and nobody loses a file that is not its own."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TypeVar
+
+import psutil
+import pytest
+
+from orchard_infra import artifacts
+from orchard_infra.artifacts import Cleaner, CleanReport, TemporaryArtifacts
+from orchard_infra.errors import InfrastructureError
+from orchard_infra.runs import describe_this_run
+from support import (
+    Script,
+    require_module,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
+)
+
+T = TypeVar("T")
+
+RUN_ID = "0123456789abcdef"
+LONG_AGO = 1_000_000_000.0  # seconds since the epoch
+
+needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
+needs_namespaces = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="needs a real pid namespace and mounts",
+)
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs a real /dev/shm")
+
+
+@pytest.fixture(autouse=True)
+def shm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of /dev/shm: other tests, and other people, use that one."""
+    directory = tmp_path_factory.mktemp("shm")
+    monkeypatch.setattr(artifacts, "_SHARED_MEMORY", str(directory))
+    return directory
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Where the directories of runs are made."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    return directory
+
+
+@contextlib.contextmanager
+def run_in(cleaner: TemporaryArtifacts, *, failed: bool = False) -> Iterator[SimpleNamespace]:
+    """What a manager does: `run.tmp_dir` inside, `run.report` afterwards."""
+    run = SimpleNamespace(tmp_dir=cleaner.tmp_dir_for(RUN_ID), report=CleanReport())
+    # The clock of the file system runs up to a tick behind that of `time`.
+    since = time.time() - 0.05
+    cleaner.open(run.tmp_dir)
+    yield run
+    run.report = cleaner.close(run.tmp_dir, failed=failed, since=since)
+
+
+def write(path: Path, text: str = "content") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def dead_run(tmp_dir: Path | str | None, run_id: str = RUN_ID) -> SimpleNamespace:
+    return SimpleNamespace(run_id=run_id, tmp_dir=None if tmp_dir is None else str(tmp_dir))
+
+
+def as_nobody(call: Callable[[], T]) -> T:
+    """What it returns in a process of another user."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            writer.send(call())
+        finally:
+            os._exit(0)
+    writer.close()
+    try:
+        answer: T = reader.recv()
+        return answer
+    finally:
+        reader.close()
+        os.waitpid(pid, 0)
+
+
+def run_in_a_container(tmp_path: Path, source: str) -> Script:
+    """Run it in a pid namespace of its own, with /proc to match."""
+    path = write(tmp_path / "inside.py", textwrap.dedent(source))
+    namespace = ["unshare", "--pid", "--fork", "--mount-proc"]
+    return run_command(tmp_path, [*namespace, sys.executable, str(path)])
+
+
+@pytest.fixture
+def nobodys() -> Iterator[Path]:
+    """A directory of another user, which that one can reach."""
+    directory = Path(tempfile.mkdtemp(prefix="oi-nobody-", dir="/tmp"))
+    os.chown(directory, 65534, 65534)
+    yield directory
+    shutil.rmtree(directory)
+
+
+class TestTheDirectoryOfARun:
+    def test_is_known_before_it_is_there(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base)
+
+        assert cleaner.tmp_dir_for(RUN_ID) == base / f"orchard-infra-{RUN_ID}"
+        assert list(base.iterdir()) == []
+
+    def test_is_below_the_systems_own_unless_a_base_is_given(self) -> None:
+        found = TemporaryArtifacts().tmp_dir_for(RUN_ID)
+
+        assert found == Path(tempfile.gettempdir(), f"orchard-infra-{RUN_ID}")
+
+    def test_is_named_in_full_also_when_the_base_is_relative(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(base.parent)
+
+        assert TemporaryArtifacts(base=Path("base")).tmp_dir_for(RUN_ID).parent == base
+
+    def test_is_for_no_other_user(self, base: Path) -> None:
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            assert stat.S_IMODE(run.tmp_dir.stat().st_mode) == 0o700
+
+    @pytest.mark.parametrize("failed", [False, True])
+    def test_is_removed_with_all_that_is_in_it(self, base: Path, failed: bool) -> None:
+        with run_in(TemporaryArtifacts(base=base), failed=failed) as run:
+            write(run.tmp_dir / "below" / "deeper" / "file", "x" * 100_000)
+            os.mkfifo(run.tmp_dir / "fifo")
+
+        assert list(base.iterdir()) == []
+        assert (run.report.removed, run.report.failures) == ((run.tmp_dir,), ())
+        assert 100_000 <= run.report.bytes_freed < 200_000
+
+    def test_is_kept_when_the_run_failed_and_that_was_asked_for(self, base: Path) -> None:
+        with run_in(TemporaryArtifacts(base=base, keep_on_error=True), failed=True) as run:
+            write(run.tmp_dir / "evidence")
+
+        assert (run.tmp_dir / "evidence").exists()
+        assert run.report == CleanReport(kept=(run.tmp_dir,))
+
+    def test_is_not_kept_when_the_run_went_well(self, base: Path) -> None:
+        with run_in(TemporaryArtifacts(base=base, keep_on_error=True)):
+            pass
+
+        assert list(base.iterdir()) == []
+
+    @pytest.mark.parametrize("what", ["file", "directory", "link", "dangling link"])
+    def test_is_never_something_that_was_there_before(self, base: Path, what: str) -> None:
+        cleaner = TemporaryArtifacts(base=base)
+        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        other = base / "other"
+        if what == "file":
+            write(tmp_dir)
+        elif what == "directory":
+            write(tmp_dir / "theirs")
+        else:
+            tmp_dir.symlink_to(other)
+        if what == "link":
+            other.mkdir()
+        before = sorted(base.rglob("*"))
+
+        with pytest.raises(InfrastructureError, match="stays untouched"):
+            cleaner.open(tmp_dir)
+        report = cleaner.close(tmp_dir, failed=True, since=LONG_AGO)
+
+        assert sorted(base.rglob("*")) == before
+        assert report == CleanReport()
+
+    def test_that_cannot_be_made_is_a_clear_error(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base / "missing")
+
+        with pytest.raises(InfrastructureError, match=r"No such file or directory.*base="):
+            cleaner.open(cleaner.tmp_dir_for(RUN_ID))
+
+    def test_without_any_place_for_it_is_a_clear_error(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def nowhere() -> str:
+            raise FileNotFoundError("No usable temporary directory found")
+
+        monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+
+        with pytest.raises(InfrastructureError, match="TMPDIR or base="):
+            TemporaryArtifacts().tmp_dir_for(RUN_ID)
+
+    def test_is_removed_when_a_signal_came_while_it_was_made(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cleaner = TemporaryArtifacts(base=base)
+        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        real = os.mkdir
+
+        def interrupted(*args: object) -> None:
+            real(*args)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                cleaner.open(tmp_dir)
+
+        assert tmp_dir.exists()
+        assert cleaner.close(tmp_dir, failed=True, since=LONG_AGO).removed == (tmp_dir,)
+        assert not tmp_dir.exists()
+
+    def test_is_closed_once(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base)
+        with run_in(cleaner) as run:
+            pass
+        write(run.tmp_dir / "somebody else's")
+
+        assert cleaner.close(run.tmp_dir, failed=False, since=LONG_AGO) == CleanReport()
+        assert (run.tmp_dir / "somebody else's").exists()
+
+    def test_is_no_business_of_a_forked_child(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base)
+        with run_in(cleaner) as run:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    cleaner.close(run.tmp_dir, failed=True, since=LONG_AGO)
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            assert run.tmp_dir.exists()
+
+        assert run.report.removed == (run.tmp_dir,)
+
+    def test_may_be_gone_already(self, base: Path) -> None:
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            run.tmp_dir.rmdir()
+
+        assert run.report == CleanReport()
+
+    @pytest.mark.parametrize("run_id", ["", "..", "a/b", "a b", "1000", "\xe9" * 16])
+    def test_is_named_only_after_what_can_be_a_run(self, run_id: str) -> None:
+        with pytest.raises(ValueError, match="not the id of a run"):
+            TemporaryArtifacts().tmp_dir_for(run_id)
+
+
+class TestTmpdir:
+    ASK = "import tempfile; print(tempfile.gettempdir())"
+
+    def of_a_child(self) -> Path:
+        output = subprocess.run([sys.executable, "-c", self.ASK], capture_output=True, text=True)
+        return Path(output.stdout.strip())
+
+    def test_is_the_runs_directory_for_children_when_that_is_asked_for(self, base: Path) -> None:
+        own = tempfile.gettempdir()
+
+        with run_in(TemporaryArtifacts(base=base, set_tmpdir=True)) as run:
+            assert self.of_a_child() == run.tmp_dir
+            assert tempfile.gettempdir() == own
+
+        assert self.of_a_child() != run.tmp_dir
+
+    def test_stays_what_it_is_otherwise(self, base: Path) -> None:
+        before = os.environ.get("TMPDIR")
+
+        with run_in(TemporaryArtifacts(base=base)):
+            assert os.environ.get("TMPDIR") == before
+
+    def test_never_becomes_that_of_this_process(self, base: Path, tmp_path: Path) -> None:
+        script = run_python(
+            tmp_path,
+            f"""
+            import os, sys
+            from pathlib import Path
+            from orchard_infra.artifacts import TemporaryArtifacts
+
+            cleaner = TemporaryArtifacts(base={str(base)!r}, set_tmpdir=True)
+            tmp_dir = cleaner.tmp_dir_for({RUN_ID!r})
+            assert "tempfile" not in sys.modules
+            cleaner.open(tmp_dir)
+            import tempfile
+            print(tempfile.gettempdir() != str(tmp_dir), os.environ["TMPDIR"] == str(tmp_dir))
+            cleaner.close(tmp_dir, failed=False, since=0.0)
+            tempfile.TemporaryFile().close()
+            """,
+        )
+
+        assert script.finish() == 0, script.transcript()
+        assert script.output.split() == ["True", "True"]
+
+    @pytest.mark.parametrize("outer", [None, "/outer"])
+    def test_is_put_back(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch, outer: str | None
+    ) -> None:
+        if outer is None:
+            monkeypatch.delenv("TMPDIR", raising=False)
+        else:
+            monkeypatch.setenv("TMPDIR", outer)
+
+        with run_in(TemporaryArtifacts(base=base, set_tmpdir=True)) as run:
+            assert os.environ["TMPDIR"] == str(run.tmp_dir)
+
+        assert os.environ.get("TMPDIR") == outer
+
+    def test_is_not_put_back_over_somebody_elses(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TMPDIR", "/outer")
+
+        with run_in(TemporaryArtifacts(base=base, set_tmpdir=True)):
+            os.environ["TMPDIR"] = "/theirs"
+
+        assert os.environ["TMPDIR"] == "/theirs"
+
+
+class TestRemovingADirectory:
+    def test_follows_no_link(self, base: Path, tmp_path: Path) -> None:
+        outside = write(tmp_path / "outside" / "file")
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            (run.tmp_dir / "to a directory").symlink_to(outside.parent)
+            (run.tmp_dir / "to a file").symlink_to(outside)
+            (run.tmp_dir / "to nothing").symlink_to("missing")
+
+        assert not run.tmp_dir.exists()
+        assert outside.read_text() == "content"
+
+    def test_does_not_follow_a_link_that_is_put_in_its_place(
+        self, base: Path, tmp_path: Path
+    ) -> None:
+        outside = write(tmp_path / "outside" / "file")
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            run.tmp_dir.rmdir()
+            run.tmp_dir.symlink_to(outside.parent)
+
+        assert outside.exists()
+        assert run.report.removed == ()
+        assert "a symbolic link is there" in run.report.failures[0]
+
+    def test_does_not_follow_a_link_that_somebody_puts_there_at_the_last_moment(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        outside = write(tmp_path / "outside" / "file")
+        real = os.open
+
+        def swapping(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
+            if path == "trap" and (run.tmp_dir / "trap").is_dir():
+                (run.tmp_dir / "trap").rename(tmp_path / "moved away")
+                (run.tmp_dir / "trap").symlink_to(outside.parent)
+            return real(path, flags, *args, dir_fd=dir_fd)
+
+        with monkeypatch.context() as patch, run_in(TemporaryArtifacts(base=base)) as run:
+            (run.tmp_dir / "trap").mkdir()
+            patch.setattr(os, "open", swapping)
+
+        assert (run.tmp_dir / "trap").is_symlink()
+        assert outside.exists()
+
+    @needs_another_user
+    def test_opens_what_its_own_owner_has_closed(self, nobodys: Path) -> None:
+        def with_closed_directories() -> CleanReport:
+            with run_in(TemporaryArtifacts(base=nobodys)) as run:
+                write(run.tmp_dir / "closed" / "below" / "file")
+                write(run.tmp_dir / "read-only" / "file")
+                (run.tmp_dir / "closed" / "below").chmod(0o000)
+                (run.tmp_dir / "closed").chmod(0o000)
+                (run.tmp_dir / "read-only").chmod(0o500)
+                run.tmp_dir.chmod(0o000)
+            return run.report
+
+        report = as_nobody(with_closed_directories)
+
+        assert report.failures == ()
+        assert list(nobodys.iterdir()) == []
+
+    @needs_another_user
+    def test_goes_on_past_what_cannot_be_removed(self, nobodys: Path) -> None:
+        cleaner = TemporaryArtifacts(base=nobodys)
+        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        tmp_dir.mkdir()
+        os.chown(tmp_dir, 65534, 65534)
+        for number in range(30):
+            write(tmp_dir / f"roots \x1b[2J{number}" / "file")
+            os.chown(write(tmp_dir / f"own {number}"), 65534, 65534)
+
+        report = as_nobody(lambda: cleaner.collect([dead_run(tmp_dir)]))
+
+        assert len(list(tmp_dir.glob("roots*"))) == 30
+        assert list(tmp_dir.glob("own*")) == []
+        assert report.removed == ()
+        # As many failures as a person reads, and none that acts on a terminal.
+        assert len(report.failures) == 21
+        assert re.search(r"roots \\x1b\[2J\d+/file: Permission denied", report.failures[0])
+
+    @needs_another_user
+    def test_leaves_a_directory_of_another_user(self, base: Path) -> None:
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            write(run.tmp_dir / "file")
+            os.chown(run.tmp_dir, 65534, 65534)
+
+        assert (run.tmp_dir / "file").exists()
+        assert "not to you" in run.report.failures[0]
+
+    @needs_namespaces
+    @pytest.mark.parametrize("where", ["", "below"])
+    def test_leaves_what_is_mounted_there(self, base: Path, tmp_path: Path, where: str) -> None:
+        # From the same file system, so that the device number does not give it away.
+        outside = write(tmp_path / "outside" / "file")
+        source = f"""
+            import subprocess
+            from orchard_infra.artifacts import TemporaryArtifacts
+
+            cleaner = TemporaryArtifacts(base={str(base)!r})
+            tmp_dir = cleaner.tmp_dir_for({RUN_ID!r})
+            cleaner.open(tmp_dir)
+            (tmp_dir / {where!r}).mkdir(exist_ok=True)
+            subprocess.run(
+                ["mount", "--bind", {str(outside.parent)!r}, tmp_dir / {where!r}], check=True
+            )
+            print(cleaner.close(tmp_dir, failed=False, since=0.0).failures)
+        """
+        path = write(tmp_path / "mounting.py", textwrap.dedent(source))
+        script = run_command(tmp_path, ["unshare", "--mount", sys.executable, str(path)])
+
+        assert script.finish() == 0, script.transcript()
+        assert "something is mounted here" in script.output
+        assert outside.exists()
+
+    def test_removes_a_tree_deeper_than_there_are_descriptors(self, base: Path) -> None:
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            directory = os.open(run.tmp_dir, os.O_RDONLY)
+            for _ in range(1500):
+                os.mkdir("below", dir_fd=directory)
+                below = os.open("below", os.O_RDONLY, dir_fd=directory)
+                os.close(directory)
+                directory = below
+            os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=directory))
+            os.close(directory)
+            descriptors = psutil.Process().num_fds()
+
+        assert run.report == CleanReport(removed=(run.tmp_dir,))
+        assert list(base.iterdir()) == []
+        assert psutil.Process().num_fds() == descriptors
+
+    def test_gives_up_on_one_that_somebody_keeps_writing_into(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.rmdir
+
+        def too_late(path: str, *, dir_fd: int | None = None) -> None:
+            write(run.tmp_dir / "one more")
+            real(path, dir_fd=dir_fd)
+
+        with monkeypatch.context() as patch, run_in(TemporaryArtifacts(base=base)) as run:
+            patch.setattr(os, "rmdir", too_late)
+
+        assert "keeps writing" in run.report.failures[0]
+
+    def test_counts_no_space_that_another_name_still_holds(
+        self, base: Path, tmp_path: Path
+    ) -> None:
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            os.link(write(tmp_path / "kept", "x" * 100_000), run.tmp_dir / "link")
+
+        assert run.report.bytes_freed == 0
+
+
+class TestADeadRun:
+    def test_loses_its_directory(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base)
+        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        write(tmp_dir / "below" / "file")
+
+        report = cleaner.collect([dead_run(None), dead_run(tmp_dir), dead_run(tmp_dir)])
+
+        assert list(base.iterdir()) == []
+        assert (report.removed, report.failures) == ((tmp_dir,), ())
+
+    def test_is_whatever_the_registry_has_of_it(self, base: Path) -> None:
+        record = describe_this_run("project")
+        cleaner: Cleaner = TemporaryArtifacts(base=base)
+
+        assert cleaner.collect([record]) == CleanReport()
+
+    @pytest.mark.parametrize(
+        "name", ["orchard-infra-fedcba9876543210", "precious", f"orchard-infra-{RUN_ID}-2"]
+    )
+    def test_loses_nothing_of_another_name(self, base: Path, name: str) -> None:
+        precious = write(base / name / "file")
+
+        report = TemporaryArtifacts().collect([dead_run(precious.parent)])
+
+        assert precious.exists()
+        assert report == CleanReport()
+
+    def test_never_takes_the_runtime_directory_of_a_user_with_it(self, base: Path) -> None:
+        precious = write(base / "orchard-infra-1000" / "runs" / "file")
+
+        TemporaryArtifacts().collect([dead_run(precious.parent.parent, run_id="1000")])
+
+        assert precious.exists()
+
+    def test_loses_nothing_where_a_link_leads(self, base: Path, tmp_path: Path) -> None:
+        precious = write(tmp_path / "precious" / "file")
+        link = base / f"orchard-infra-{RUN_ID}"
+        link.symlink_to(precious.parent)
+
+        report = TemporaryArtifacts().collect([dead_run(link)])
+
+        assert precious.exists()
+        assert link.is_symlink()
+        assert len(report.failures) == 1
+
+    def test_is_not_looked_for_in_the_working_directory(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(base)
+        precious = write(base / f"orchard-infra-{RUN_ID}" / "file")
+
+        TemporaryArtifacts().collect([dead_run(precious.parent.name)])
+
+        assert precious.exists()
+
+    @pytest.mark.parametrize("odd", ["\0", "\ud800", "x" * 5000])
+    def test_with_a_path_that_cannot_be_is_a_failure_and_no_more(self, odd: str) -> None:
+        report = TemporaryArtifacts().collect([dead_run(f"/tmp/{odd}/orchard-infra-{RUN_ID}")])
+
+        assert report.removed == ()
+        assert len(report.failures) == 1
+
+
+@needs_linux
+class TestSharedMemory:
+    """Of the kind that says in its name which process made it."""
+
+    def leave(self, shm: Path, name: str = "torch_{}_1_0", pid: int | None = None) -> Path:
+        # Above the highest pid that Linux can give.
+        return write(shm / name.format(2**22 + 7 if pid is None else pid))
+
+    @pytest.mark.parametrize(
+        "name", ["torch_{}_2871_0", "torch_{}_2871", "__KMP_REGISTERED_LIB_{}_0", "pym-{}-ab1_x9z2"]
+    )
+    def test_of_a_dead_process_is_removed(self, shm: Path, name: str) -> None:
+        left = self.leave(shm, name)
+
+        report = TemporaryArtifacts().collect([])
+
+        assert not left.exists()
+        assert (report.removed, report.kept, report.failures) == ((left,), (), ())
+        assert report.bytes_freed > 0
+
+    @pytest.mark.parametrize("name", ["torch_{}_1_0", "__KMP_REGISTERED_LIB_{}_0"])
+    def test_of_a_live_process_stays(self, shm: Path, name: str) -> None:
+        left = self.leave(shm, name, pid=os.getpid())
+
+        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert left.exists()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "psm_0a1b2c3d",
+            "sem.mp-abc",
+            "nccl-XyZ123",
+            "torch_",
+            "torch_x_1_0",
+            "mine",
+            "xtorch_{}_1_0",
+            "torch_{}_1_0.bak",
+            "torch_{}",
+        ],
+    )
+    def test_that_does_not_say_whose_it_is_stays(self, shm: Path, name: str) -> None:
+        left = self.leave(shm, name)
+
+        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert left.exists()
+
+    @pytest.mark.parametrize("kind", ["directory", "link", "FIFO", "socket"])
+    def test_that_is_no_regular_file_stays(
+        self, shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        left = shm / f"torch_{2**22 + 7}_1_0"
+        target = write(tmp_path / "target")
+        listener = socket.socket(socket.AF_UNIX)
+        if kind == "directory":
+            left.mkdir()
+        elif kind == "link":
+            left.symlink_to(target)
+        elif kind == "FIFO":
+            os.mkfifo(left)
+        else:
+            monkeypatch.chdir(shm)  # the path of a socket has to be short
+            listener.bind(left.name)
+        listener.close()
+
+        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert os.path.lexists(left)
+        assert target.exists()
+
+    @needs_another_user
+    def test_of_another_user_stays(self, shm: Path) -> None:
+        left = self.leave(shm)
+        os.chown(left, 65534, 65534)
+
+        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert left.exists()
+
+    @pytest.mark.parametrize("access", ["ACCESS_READ", "ACCESS_WRITE"])
+    def test_that_is_mapped_stays(self, shm: Path, tmp_path: Path, access: str) -> None:
+        left = self.leave(shm)
+        mapper = run_python(
+            tmp_path,
+            """
+            import mmap, os, sys
+            name, access = sys.argv[1:]
+            fd = os.open(name, os.O_RDWR if access == "ACCESS_WRITE" else os.O_RDONLY)
+            mapping = mmap.mmap(fd, 0, access=getattr(mmap, access))
+            os.close(fd)
+            print("mapped")
+            input()
+            """,
+            str(left),
+            access,
+        )
+        mapper.wait_for("mapped")
+
+        assert TemporaryArtifacts().collect([]) == CleanReport(kept=(left,))
+        assert left.exists()
+
+        mapper.tell()
+        mapper.finish()
+        assert TemporaryArtifacts().collect([]).removed == (left,)
+
+    def test_stays_where_the_kernel_cannot_say_whether_it_is_mapped(
+        self, shm: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import fcntl
+
+        left = self.leave(shm)
+        monkeypatch.delattr(fcntl, "F_SETLEASE")
+
+        assert TemporaryArtifacts().collect([]) == CleanReport(kept=(left,))
+
+    def test_may_be_opened_at_the_very_moment_that_we_ask(self, shm: Path, tmp_path: Path) -> None:
+        left = self.leave(shm)
+        script = run_python(
+            tmp_path,
+            f"""
+            import fcntl, os
+            from orchard_infra import artifacts
+
+            real = fcntl.fcntl
+            def opened_meanwhile(fd, command, value):
+                real(fd, command, value)
+                if command == fcntl.F_SETLEASE:
+                    try:
+                        os.open({str(left)!r}, os.O_RDWR | os.O_NONBLOCK)
+                    except BlockingIOError:
+                        print("asked for", flush=True)
+
+            fcntl.fcntl = opened_meanwhile
+            artifacts._SHARED_MEMORY = {str(shm)!r}
+            artifacts.TemporaryArtifacts().collect([])
+            """,
+        )
+
+        assert script.finish() == 0, script.transcript()
+        assert "asked for" in script.output
+
+    def test_of_torch_stays_while_a_manager_of_torch_may_keep_it_for_a_receiver(
+        self, shm: Path, tmp_path: Path
+    ) -> None:
+        torchs, others = self.leave(shm), self.leave(shm, "__KMP_REGISTERED_LIB_{}_0")
+        (tmp_path / "torch_shm_manager").symlink_to(sys.executable)
+        manager = run_command(
+            tmp_path, [str(tmp_path / "torch_shm_manager"), "-c", "print('ready'); input()"]
+        )
+        manager.wait_for("ready")
+
+        report = TemporaryArtifacts().collect([])
+
+        assert (report.removed, report.kept) == ((others,), (torchs,))
+
+    @needs_namespaces
+    def test_stays_in_a_container_unless_it_is_said_to_be_that_containers_own(
+        self, shm: Path, tmp_path: Path
+    ) -> None:
+        left = self.leave(shm)
+        source = f"""
+            from orchard_infra import artifacts
+
+            artifacts._SHARED_MEMORY = {str(shm)!r}
+            print(len(artifacts.TemporaryArtifacts().collect([]).kept))
+            print(len(artifacts.TemporaryArtifacts(private_shm=True).collect([]).removed))
+        """
+        script = run_in_a_container(tmp_path, source)
+
+        assert script.finish() == 0, script.transcript()
+        assert script.output.split() == ["1", "1"]
+        assert not left.exists()
+
+    @needs_namespaces
+    def test_of_a_process_that_lives_inside_a_container_stays(
+        self, shm: Path, tmp_path: Path
+    ) -> None:
+        free = sorted(set(range(2, 5000)) - set(psutil.pids()))[:200]
+        source = f"""
+            import os, time
+            while True:
+                pid = os.fork()
+                if pid == 0:
+                    if os.getpid() in {free}:
+                        print("inside", os.getpid(), flush=True)
+                        time.sleep(60)
+                    os._exit(0)
+                elif pid in {free}:
+                    os.waitpid(pid, 0)
+                    break
+                os.waitpid(pid, 0)
+        """
+        container = run_in_a_container(tmp_path, source)
+        pid = int(container.wait_for("inside").split()[1])
+        assert not psutil.pid_exists(pid)
+        left = self.leave(shm, pid=pid)
+
+        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert left.exists()
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_that_cannot_be_looked_at_is_in_nobodys_way(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+    ) -> None:
+        path = tmp_path / "place"
+        if there:
+            write(path)
+        monkeypatch.setattr(artifacts, "_SHARED_MEMORY", str(path))
+
+        assert TemporaryArtifacts().collect([]) == CleanReport()
+
+    def test_of_a_whole_tree_that_was_killed_is_removed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        require_module("torch")
+        monkeypatch.setattr(artifacts, "_SHARED_MEMORY", "/dev/shm")
+        trainer = run_python(
+            tmp_path,
+            """
+            import torch
+            from torch.utils.data import DataLoader, TensorDataset
+
+            def share(worker):
+                torch.multiprocessing.set_sharing_strategy("file_system")
+
+            share(None)
+            loader = DataLoader(
+                TensorDataset(torch.rand(1000, 100)), num_workers=2, worker_init_fn=share
+            )
+            batches = iter(loader)
+            next(batches), next(batches)
+            print("ready", flush=True)
+            input()
+            """,
+        )
+        trainer.wait_for("ready")
+        tree = [psutil.Process(trainer.pid), *psutil.Process(trainer.pid).children(recursive=True)]
+        workers = {process.pid for process in tree}
+        for process in tree:
+            process.suspend()  # or the manager would clean up before it is killed itself
+        names = [
+            name
+            for name in os.listdir("/dev/shm")
+            if (match := re.match(r"torch_(\d+)_", name)) and int(match[1]) in workers
+        ]
+        for process in tree:
+            process.kill()
+        wait_gone(workers)
+        trainer.finish()
+
+        def collected() -> bool:
+            # Not at once: threads outlive the first one by a moment, and while somebody else's
+            # torch runs, its manager may be the one that keeps these.
+            TemporaryArtifacts().collect([])
+            return not set(names) & set(os.listdir("/dev/shm"))
+
+        assert names
+        wait_until(collected, what="the removal of what the dead have shared")
+
+
+class TestHalfWrittenOutputs:
+    @pytest.fixture(autouse=True)
+    def cwd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        directory = tmp_path / "work"
+        directory.mkdir()
+        monkeypatch.chdir(directory)
+        return directory
+
+    def clean(
+        self, base: Path, *patterns: str, failed: bool = False
+    ) -> contextlib.AbstractContextManager[SimpleNamespace]:
+        return run_in(TemporaryArtifacts(base=base, patterns=patterns), failed=failed)
+
+    @pytest.mark.parametrize("failed", [False, True])
+    def test_are_removed(self, base: Path, cwd: Path, failed: bool) -> None:
+        with self.clean(base, "*.tmp", failed=failed) as run:
+            half, whole = write(cwd / "model.tmp"), write(cwd / "model.pt")
+
+        assert not half.exists()
+        assert whole.exists()
+        assert half in run.report.removed
+
+    @pytest.mark.parametrize(
+        ("pattern", "matches"),
+        [
+            ("model.tmp", ["model.tmp"]),
+            ("out/*.tmp", ["out/a.tmp"]),
+            ("*/*.tmp", ["out/a.tmp"]),
+            ("**/*.tmp", ["model.tmp", "out/a.tmp", "out/deep/b.tmp"]),
+            ("out/**/b.tmp", ["out/deep/b.tmp"]),
+            ("out/**/**/b.tmp", ["out/deep/b.tmp"]),
+            ("**/deep/*.t[m]p", ["out/deep/b.tmp"]),
+            (".*.tmp", [".hidden.tmp"]),
+            (".cache/*.tmp", [".cache/c.tmp"]),
+            ("./model.tm?", ["model.tmp"]),
+            ("../work/model.tmp", ["model.tmp"]),
+            ("missing/*.tmp", []),
+            ("model.tmp/*.tmp", []),
+        ],
+    )
+    def test_are_what_the_pattern_says(
+        self, base: Path, cwd: Path, pattern: str, matches: list[str]
+    ) -> None:
+        names = [
+            "model.tmp", "out/a.tmp", "out/deep/b.tmp", ".hidden.tmp", ".cache/c.tmp",
+            "model.pt", "out/a.pt",
+        ]  # fmt: skip
+        with self.clean(base, pattern) as run:
+            for name in names:
+                write(cwd / name)
+
+        assert sorted(set(names) - set(matches)) == sorted(
+            str(path.relative_to(cwd)) for path in cwd.rglob("*") if path.is_file()
+        )
+        assert run.report.failures == ()
+
+    def test_are_looked_for_where_the_run_began(
+        self, base: Path, cwd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with self.clean(base, "*.tmp"):
+            here, elsewhere = write(cwd / "a.tmp"), write(tmp_path / "elsewhere" / "a.tmp")
+            monkeypatch.chdir(elsewhere.parent)
+
+        assert (here.exists(), elsewhere.exists()) == (False, True)
+
+    def test_may_be_named_by_an_absolute_pattern(self, base: Path, tmp_path: Path) -> None:
+        with self.clean(base, f"{tmp_path}/elsewhere/*.tmp"):
+            half = write(tmp_path / "elsewhere" / "a.tmp")
+
+        assert not half.exists()
+
+    def test_of_an_earlier_run_stay(self, base: Path, cwd: Path) -> None:
+        earlier = write(cwd / "earlier.tmp")
+        os.utime(earlier, (time.time() - 60, time.time() - 60))
+
+        with self.clean(base, "*.tmp"):
+            pass
+
+        assert earlier.exists()
+
+    @needs_another_user
+    def test_of_another_user_stay(self, base: Path, cwd: Path) -> None:
+        with self.clean(base, "*.tmp"):
+            theirs = write(cwd / "theirs.tmp")
+            os.chown(theirs, 65534, 65534)
+
+        assert theirs.exists()
+
+    def test_are_never_links_directories_or_the_like(
+        self, base: Path, cwd: Path, tmp_path: Path
+    ) -> None:
+        with self.clean(base, "*.tmp") as run:
+            target = write(tmp_path / "target")
+            (cwd / "link.tmp").symlink_to(target)
+            (cwd / "directory.tmp").mkdir()
+            os.mkfifo(cwd / "fifo.tmp")
+
+        assert target.exists()
+        assert len(list(cwd.iterdir())) == 3
+        assert run.report.failures == ()
+
+    @pytest.mark.parametrize("pattern", ["*/*.tmp", "**/*.tmp", "*/below/*.tmp"])
+    def test_are_not_looked_for_behind_a_link(
+        self, base: Path, cwd: Path, tmp_path: Path, pattern: str
+    ) -> None:
+        with self.clean(base, pattern):
+            outside = write(tmp_path / "outside" / "a.tmp")
+            below = write(tmp_path / "outside" / "below" / "a.tmp")
+            (cwd / "link").symlink_to(outside.parent)
+
+        assert outside.exists()
+        assert below.exists()
+
+    def test_are_not_looked_for_behind_a_link_that_is_put_there_meanwhile(
+        self, base: Path, cwd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        outside = write(tmp_path / "outside" / "a.tmp")
+        real = os.open
+
+        def swapping(path: str, flags: int, *args: int, dir_fd: int | None = None) -> int:
+            if path == "trap" and (cwd / "trap").is_dir():
+                (cwd / "trap").rename(tmp_path / "moved away")
+                (cwd / "trap").symlink_to(outside.parent)
+            return real(path, flags, *args, dir_fd=dir_fd)
+
+        with monkeypatch.context() as patch, self.clean(base, "*/*.tmp") as run:
+            (cwd / "trap").mkdir()
+            outside.touch()
+            patch.setattr(os, "open", swapping)
+
+        assert outside.exists()
+        assert len(run.report.failures) == 1
+
+    def test_are_looked_for_where_the_pattern_itself_names_a_link(
+        self, base: Path, cwd: Path, tmp_path: Path
+    ) -> None:
+        with self.clean(base, "link/*.tmp"):
+            outside = write(tmp_path / "outside" / "a.tmp")
+            (cwd / "link").symlink_to(outside.parent)
+
+        assert not outside.exists()
+
+    @needs_linux
+    def test_stay_while_another_process_writes_them(
+        self, base: Path, cwd: Path, tmp_path: Path
+    ) -> None:
+        with self.clean(base, "*.tmp") as run:
+            writer = run_python(tmp_path, "f = open('work/a.tmp', 'w'); print('open'); input()")
+            writer.wait_for("open")
+
+        assert (cwd / "a.tmp").exists()
+        assert run.report.kept == (cwd / "a.tmp",)
+
+    def test_are_removed_though_a_frame_of_the_failure_holds_them_open(
+        self, base: Path, cwd: Path
+    ) -> None:
+        with open(cwd / "a.tmp", "w") as stream, self.clean(base, "*.tmp", failed=True):
+            stream.write("half")
+            stream.flush()
+
+        assert not (cwd / "a.tmp").exists()
+
+    def test_are_searched_to_a_depth_that_has_an_end(self, base: Path, cwd: Path) -> None:
+        with self.clean(base, "**/*.tmp") as run:
+            directory = os.open(cwd, os.O_RDONLY)
+            for _ in range(200):
+                os.mkdir("below", dir_fd=directory)
+                below = os.open("below", os.O_RDONLY, dir_fd=directory)
+                os.close(directory)
+                directory = below
+            os.close(directory)
+
+        assert ["too deep" in failure for failure in run.report.failures] == [True]
+
+    def test_of_a_run_that_began_nowhere_are_a_failure_and_no_more(
+        self, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        monkeypatch.chdir(gone)
+        gone.rmdir()
+        try:
+            with self.clean(base, "*.tmp") as run:
+                pass
+        finally:
+            os.chdir(tmp_path)  # monkeypatch asks where it is
+
+        assert len(run.report.failures) == 1
+
+    @pytest.mark.parametrize(
+        "pattern", ["", "*", "?", "**", "out/**", "*.*", "[ab]*", "out/", "*/../x.tmp", "\0.tmp"]
+    )
+    def test_need_a_pattern_that_says_which_they_are(self, pattern: str) -> None:
+        with pytest.raises(ValueError, match="does not say which files"):
+            TemporaryArtifacts(patterns=[pattern])
+
+    def test_may_be_named_by_a_single_pattern(self) -> None:
+        assert TemporaryArtifacts(patterns="*.tmp").patterns == ("*.tmp",)
+
+
+def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
+    script = run_python(
+        tmp_path,
+        """
+        import sys
+        import orchard_infra.artifacts
+        print([name for name in ("tempfile", "shutil") if name in sys.modules])
+        """,
+    )
+
+    assert script.finish() == 0, script.transcript()
+    assert script.output.strip() == "[]"
