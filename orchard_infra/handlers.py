@@ -7,18 +7,28 @@ What there is to know about the operating system and about Python's own signal h
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]
+import _weakrefset
 import contextlib
 import functools
+import logging
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from signal import Signals
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import attrs
+
+_LOCKING = {"acquire", "release", "handle", "__enter__", "__exit__"}
+_LOCKING |= {"_acquire_restore", "_release_save"}
+_LOCKING_FILES = {threading.__file__, logging.__file__}
+_WEAK_FILES = {weakref.__file__, _weakrefset.__file__}
+_THRESHOLD = {"__enter__", "prepare_environment", "arm", "__exit__", "release_resources", "hold"}
+_PACKAGE = os.path.dirname(__file__)
 
 
 @attrs.define(eq=False, repr=False)  # signal.getsignal calls the repr
@@ -52,7 +62,7 @@ class Takeover:
         others = []
         for signum in signums:
             current = _living(signal.getsignal(signum), signum)
-            if current == self._handle:
+            if self in _around(current, signum):
                 continue
             if current is signal.SIG_DFL:
                 default = signum not in in_c
@@ -82,9 +92,9 @@ class Takeover:
         finally:
             self._ended = True
 
-    def outer(self, signum: int) -> Takeover | None:
-        """The one around this, if it waits for this signal as well."""
-        return takeover_of(self._living_previous(signum))
+    def around(self, signum: int) -> list[Takeover]:
+        """Those around this one that wait for this signal as well, innermost first."""
+        return _around(self._living_previous(signum), signum)
 
     def _living_previous(self, signum: int) -> Any:
         return _living(self._previous.get(signum, signal.SIG_DFL), signum)
@@ -108,18 +118,35 @@ def takeover_of(handler: Any) -> Takeover | None:
     return owner if isinstance(owner, Takeover) else None
 
 
-def would_be_swallowed(frame: FrameType | None) -> bool:
-    """Whether Python would print what is raised here, and go on: in ``__del__``, around a fork.
+def is_bad_moment(frame: FrameType | None, *, again: bool) -> bool:
+    """Whether what is raised here would get lost, or break something.
 
-    The DataLoader waits for its workers in a ``__del__``.
+    Python prints what is raised in ``__del__``, in the callback of a weak reference or around a
+    fork, and goes on; the DataLoader waits for its workers in a ``__del__``. What is raised while
+    a lock changes hands ends as "release unlocked lock", or leaves it locked; and on the way into
+    or out of an environment it would leave it half-way. There, to wait once is enough: ``again``
+    says that this was done.
     """
     if _fork.under_way:
         return True
+    if frame is not None and not again and _is_locking(frame.f_code):
+        return True
     while frame is not None:
-        if frame.f_code.co_name == "__del__" or frame.f_code is _Fork.before.__code__:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename in _WEAK_FILES:
+            return True
+        if code is _Fork.before.__code__ or (not again and _is_threshold(code)):
             return True
         frame = frame.f_back
     return False
+
+
+def _is_locking(code: CodeType) -> bool:
+    return code.co_name in _LOCKING and code.co_filename in _LOCKING_FILES
+
+
+def _is_threshold(code: CodeType) -> bool:
+    return code.co_name in _THRESHOLD and os.path.dirname(code.co_filename) == _PACKAGE
 
 
 @contextlib.contextmanager
@@ -197,6 +224,14 @@ if hasattr(os, "register_at_fork"):
 def _taken_over() -> list[int]:
     # Past signal.getsignal, which looks for an enum first: this happens twice in every fork.
     return [s for s in range(1, signal.NSIG) if takeover_of(_signal.getsignal(s)) is not None]
+
+
+def _around(handler: Any, signum: int) -> list[Takeover]:
+    found = []
+    while (takeover := takeover_of(handler)) is not None:
+        found.append(takeover)
+        handler = takeover._living_previous(signum)
+    return found
 
 
 def _living(handler: Any, signum: int) -> Any:

@@ -23,6 +23,7 @@ from orchard_infra.errors import ReleaseError
 from orchard_infra.keeping import Keeper
 from orchard_infra.launch import Launch
 from orchard_infra.locks.base import Locker
+from orchard_infra.masking import uninterrupted
 from orchard_infra.membership import Membership
 from orchard_infra.runs import (
     RUN_ID_VARIABLE,
@@ -65,28 +66,37 @@ class Session:
 
     def prepare(self) -> Environment:
         """All or nothing: what was taken is given back when a later step fails."""
-        with self._steps as steps:
+        try:
             self._prepare()
-            atexit.register(self.close, None)
-            self._undo("exit hook", lambda: atexit.unregister(self.close))
-            self._steps = steps.pop_all()
-        return self.env
+            return self.env
+        except BaseException as error:
+            try:
+                self._hold()
+            finally:
+                self._steps.close()
+            if self._held_signal is not None and isinstance(error, Exception):
+                # Who waits for the lock by trying again would never know of the signal.
+                raise self._held_signal from error
+            raise
 
     def _prepare(self) -> None:
         registry = RunRegistry()
         if self.stopper is not None:
-            self._watch = self.stopper.arm(self.logger)
-            self._undo("signal handlers", self._disarm)
+            with uninterrupted():
+                self._watch = self.stopper.arm(self.logger)
+                self._undo("signal handlers", self._disarm)
         joined = self._run_to_join(registry)
         if joined is not None:
             self._begin(joined, joined=True)
             self._undo("device caches", self._flush)
+            self._close_at_exit()
             return
         scene = self._describe(registry)
         self._begin(scene.record)
-        registration = registry.register(scene.record)
-        self._undo("run record", registration.close)
-        self._put_run_id(scene.record.run_id)
+        with uninterrupted():
+            registration = registry.register(scene.record)
+            self._undo("run record", registration.close)
+            self._put_run_id(scene.record.run_id)
         if self.launch.is_leader:
             self._lock(scene, registration)
             self._sanitize(scene)
@@ -94,6 +104,7 @@ class Session:
         self._open_tmp_dir()
         self._undo("device caches", self._flush)
         self._undo("leftover children", functools.partial(self._stop_leftovers, scene))
+        self._close_at_exit()
 
     def close(self, error: BaseException | None) -> None:
         """Run every step back. Then raise what is to be raised, unless the run failed itself.
@@ -106,9 +117,10 @@ class Session:
             return
         began = time.perf_counter()
         self._error = None if error is self._error_at_prepare else error
-        if self._watch is not None:
-            self._watch.hold()
-        self._steps.close()
+        try:
+            self._hold()
+        finally:  # a last signal may have come before it could be held
+            self._steps.close()
         self.env.report.release_seconds = time.perf_counter() - began
         self.env.report.failures = tuple(self._failures)
         if self._error is not None:
@@ -123,6 +135,16 @@ class Session:
             raise ReleaseError(
                 f"the environment was released, but not all of it: {told}", failures=self._failures
             ) from self._failures[0]
+
+    def _close_at_exit(self) -> None:
+        """For a run that is prepared by hand, and for a signal that comes before the release."""
+        with uninterrupted():
+            atexit.register(self.close, None)
+            self._undo("exit hook", lambda: atexit.unregister(self.close))
+
+    def _hold(self) -> None:
+        if self._watch is not None:
+            self._watch.hold()
 
     def _undo(self, name: str, step: Callable[[], object]) -> None:
         """Have ``step`` carried out on the way back, whatever becomes of the others."""
@@ -210,14 +232,22 @@ class Session:
         def clear_dead(dead: RunRecord) -> tuple[Survivor, ...]:
             return () if self.sanitizer is None else self.sanitizer.stop_survivors(dead, scene)
 
-        lease = self.locker.acquire(
-            self.settings.lock_path, scene.record, clear_dead=clear_dead, logger=self.logger
-        )
-        self._undo("lock", lease.release)
+        lease = None
+        try:
+            # May wait, so a signal can come; a lease that gets lost on the way releases itself.
+            lease = self.locker.acquire(
+                self.settings.lock_path, scene.record, clear_dead=clear_dead, logger=self.logger
+            )
+            self._undo("lock", lease.release)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
         self.env._lease = lease
         keeper = Keeper(lease, self.env.lose, self._stay_fresh(registration), self.logger)
-        keeper.start()
-        self._undo("keeper", keeper.stop)
+        with uninterrupted():
+            keeper.start()
+            self._undo("keeper", keeper.stop)
 
     def _stay_fresh(self, registration: Registration) -> Callable[[], None]:
         tmp_dir = self.env.tmp_dir
@@ -255,7 +285,6 @@ class Session:
         cleaner, tmp_dir = self.cleaner, self.env.tmp_dir
         if cleaner is None or tmp_dir is None:
             return
-        cleaner.open(tmp_dir)
 
         def clean() -> None:
             report = cleaner.close(tmp_dir, failed=self._failed(), since=self.env.run.started_at)
@@ -263,7 +292,8 @@ class Session:
             for failure in report.failures:
                 self.logger.warning("temporary artifacts: %s", failure)
 
-        self._undo("temporary artifacts", clean)
+        self._undo("temporary artifacts", clean)  # first: it is for an interrupted `open`, too
+        cleaner.open(tmp_dir)
 
     def _failed(self) -> bool:
         """A generator that is closed early did not fail, and neither did an exit with 0."""

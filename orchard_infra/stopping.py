@@ -25,10 +25,11 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
-from orchard_infra.handlers import Takeover, takeover_of, would_be_swallowed
+from orchard_infra.handlers import Takeover, is_bad_moment, takeover_of
 
 _JOIN = 5.0  # seconds that the end of a watch waits for its thread
-_AGAIN = 0.1  # seconds until a signal is tried again that came when nothing could be raised
+_AGAIN = 0.1  # seconds until a signal that came at a bad moment is tried again
+_THREAD = "orchard-infra-stop"
 _END = object()
 
 
@@ -177,23 +178,22 @@ class SignalWatch(Takeover):
     _under_way: Callable[[], object] = attrs.field(default=lambda: None, init=False)
     _holding: bool = attrs.field(default=False, init=False)
     _hold_until: float = attrs.field(default=0.0, init=False)  # monotonic, as is _due
+    _again_at: float = attrs.field(default=math.inf, init=False)
     _held: list[int] = attrs.field(factory=list, init=False)
     _due: float | None = attrs.field(default=None, init=False)  # when to signal ourselves
     _mail: queue.SimpleQueue[Any] = attrs.field(factory=queue.SimpleQueue, init=False)
     _sending: threading.Lock = attrs.field(factory=threading.Lock, init=False)  # not in handlers
-    _thread: threading.Thread = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._thread = threading.Thread(target=self._attend, name="orchard-infra-stop", daemon=True)
+    _thread: threading.Thread | None = attrs.field(default=None, init=False)
 
     def start(self) -> None:
         """Take over the default handlers."""
-        self._thread.start()
         ctrl_c = (signal.SIGINT,) if self.config.mode == "flag" else ()
         try:
+            self._thread = threading.Thread(target=self._attend, name=_THREAD, daemon=True)
+            self._thread.start()
             for signum in self.take_over((*self.config.signals, *ctrl_c)):
                 self.logger.debug("%s has another handler, which stays", signum.name)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: no thread can be started
             self.logger.debug("signals are not watched: %s", error)
 
     def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
@@ -219,7 +219,7 @@ class SignalWatch(Takeover):
             self.take_over((*self.config.signals, signal.SIGINT))
         except ValueError:  # not in the main thread
             pass
-        if self.requested is not None and self._thread is not threading.current_thread():
+        if self.requested is not None and self._thread_to_wait_for() is not None:
             self._wait_for_callbacks()
         self._hold_until = time.monotonic() + self.config.hold_limit
         self._due = self._hold_until if self._held else None
@@ -238,8 +238,9 @@ class SignalWatch(Takeover):
         with self._sending:
             self._due = None
             self._mail.put(_END)
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(_JOIN)
+        thread = self._thread_to_wait_for()
+        if thread is not None:
+            thread.join(_JOIN)
         self._held += [signum for signum in self.give_back() if signum not in self._held]
         return self._deliver()
 
@@ -247,16 +248,31 @@ class SignalWatch(Takeover):
 
     def act(self, signum: int, frame: FrameType | None) -> None:
         """See `Takeover.act`."""
-        if self._must_hold(signum):
-            self._hold_back(signum, self._hold_until if self._holding else None)
-        elif self._holding or not self._note(signum) or self.config.mode == "raise":
-            if would_be_swallowed(frame):
-                self._hold_back(signum, time.monotonic() + _AGAIN)
+        watches = [self, *self._around(signum)]
+        for watch in watches:
+            if watch._must_hold(signum):
+                watch._hold_back(signum, watch._hold_until if watch._holding else None)
                 return
-            self._due = None
-            if signum in self._held:
-                self._held.remove(signum)
-            raise self._exception(signum)
+        if not any(watch._holding for watch in watches):
+            first = self._signalled is None
+            for watch in watches:
+                watch._note(signum)
+            if first and self.config.mode == "flag":
+                return
+        now = time.monotonic()
+        if is_bad_moment(frame, again=now >= self._again_at):
+            self._again_at = min(self._again_at, now + _AGAIN)
+            self._hold_back(signum, now + _AGAIN)
+            return
+        self._again_at = math.inf
+        for watch in watches:
+            watch._due = None
+            if signum in watch._held:
+                watch._held.remove(signum)
+        raise self._exception(signum)
+
+    def _around(self, signum: int) -> list[SignalWatch]:
+        return [watch for watch in self.around(signum) if isinstance(watch, SignalWatch)]
 
     def _must_hold(self, signum: int) -> bool:
         # A launcher passes on the signal that its children got as well. The second one would break
@@ -270,32 +286,37 @@ class SignalWatch(Takeover):
         self._due = until
         self._mail.put(None)
 
-    def _note(self, signum: int) -> bool:
-        """Set the flag, here and in the environments around; whether it is the first signal."""
-        first = self._signalled is None
-        if first:
-            self._signalled = signum
-            if self.requested is None:
-                self.requested = StopRequest(Signals(signum).name, time.time(), Signals(signum))
-            if self.config.deadline is not None:
-                self._due = time.monotonic() + self.config.deadline
-            self._mail.put(None)
-        outer = self.outer(signum)
-        if isinstance(outer, SignalWatch):
-            outer._note(signum)
-        return first
+    def _note(self, signum: int) -> None:
+        if self._signalled is not None:
+            return
+        self._signalled = signum
+        if self.requested is None:
+            self.requested = StopRequest(Signals(signum).name, time.time(), Signals(signum))
+        if self.config.deadline is not None:
+            self._due = time.monotonic() + self.config.deadline
+        self._mail.put(None)
 
     def _exception(self, signum: int) -> BaseException:
-        self._raised = True
-        if signum == signal.SIGINT:
-            return KeyboardInterrupt()
-        stopped = RunStopped(signum)
-        if not self._holding:
-            self._hold_until = time.monotonic() + self.config.hold_limit
-            self._under_way = weakref.ref(stopped)
-        return stopped
+        """What the signal raises, with it noted that it is under way."""
+        watches = [watch for watch in (self, *self._around(signum)) if not watch._holding]
+        for watch in watches:
+            watch._raised = True
+            watch._hold_until = time.monotonic() + watch.config.hold_limit
+            watch._under_way = lambda: True  # first: the next signal may interrupt us here
+        error = KeyboardInterrupt() if signum == signal.SIGINT else RunStopped(signum)
+        under_way = weakref.ref(error) if isinstance(error, RunStopped) else lambda: None
+        for watch in watches:
+            watch._under_way = under_way
+        return error
 
     # The rest runs in the open.
+
+    def _thread_to_wait_for(self) -> threading.Thread | None:
+        """None if it could not be started, or is us."""
+        thread = self._thread
+        if thread is None or not thread.is_alive() or thread is threading.current_thread():
+            return None
+        return thread
 
     def _wait_for_callbacks(self) -> None:
         done = threading.Event()
@@ -306,19 +327,19 @@ class SignalWatch(Takeover):
     def _deliver(self) -> BaseException | None:
         """As if they came now. What was a mere flag here may be more to the watch around."""
         raised: BaseException | None = None
-        for signum in self._held:
+        for signum in tuple(self._held):
             self.logger.info("held until the end of the release: %s", Signals(signum).name)
-            outer = self.outer(signum)
+            around = self._around(signum)
             try:
-                if outer is None:
+                if not around:
                     raise self._exception(signum)
-                outer.act(signum, None)
+                around[0].act(signum, None)
             except BaseException as error:
                 raised = raised or error.with_traceback(None)
-        if not self._held and self._signalled is not None and not self._raised:
-            outer = self.outer(self._signalled)
-            if isinstance(outer, SignalWatch) and outer.config.mode == "raise":
-                return outer._exception(self._signalled)
+        if raised is None and self._signalled is not None and not self._raised:
+            around = self._around(self._signalled)
+            if around and around[0].config.mode == "raise":
+                raised = around[0]._exception(self._signalled)
         return raised
 
     def _attend(self) -> None:
@@ -359,14 +380,15 @@ class SignalWatch(Takeover):
     def _signal_if_due(self) -> None:
         """Interrupt the main thread, be it in a blocking call, with the signal that waits."""
         with self._sending:  # not while the watch ends: the default handler would end the process
-            if self._due is None or time.monotonic() < self._due:
+            now = time.monotonic()
+            if self._due is None or now < self._due:
                 return
-            self._due = None
-            signum = [*self._held, self._signalled][0]
-            if signum is None:
-                return
-            takeover = takeover_of(signal.getsignal(signum))
-            if takeover is None or not takeover.is_live:
+            # Once more if need be: a signal that comes right before a call blocks waits with it.
+            self._due = now + _AGAIN
+            signum = [*self._held, None if self._holding else self._signalled][0]
+            takeover = takeover_of(signal.getsignal(signum)) if signum else None
+            if signum is None or takeover is None or not takeover.is_live:
+                self._due = None
                 return
             if sys.platform == "win32":
                 import _thread

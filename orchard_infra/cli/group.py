@@ -13,7 +13,7 @@ _COMMANDS = ("run", "status", "stop", "clean", "doctor")
 _EXAMPLES = """\b
 Examples:
   orchard-infra run -p digits -- python train.py
-  orchard-infra run -p digits --wait 600 -- torchrun --nproc-per-node 2 train.py
+  orchard-infra run -p digits --wait -- torchrun --nproc-per-node 2 train.py
   orchard-infra status --watch
   orchard-infra clean --dry-run
 

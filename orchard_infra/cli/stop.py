@@ -241,13 +241,17 @@ class Stopping:
                 told += "; what it left is removed by orchard-infra clean"
         elif target.ended_after is not None:
             told = f"stopped after {target.ended_after:.1f} s"
+        elif leader in stopped:
+            told = "stopped"
         else:
-            told = "stopped" if leader in stopped else "not stopped"
+            told = "not stopped: it may not be signalled, or does not end (uninterruptible sleep)"
         for others, what in ((stopped, "stopped"), (killed, "killed")):
             number = len([one for one in others if one != leader])
             if number:
                 told += f"; {output.count(number, 'process', 'processes')} of it {what}"
         rest = target.left()
+        if leader not in target.members and processes.is_alive(leader):
+            rest.insert(0, leader)
         if rest:
             listed = ", ".join(f"pid {one.pid} ({command_of(one.pid)})" for one in rest[:5])
             told += f"; still there: {listed}"

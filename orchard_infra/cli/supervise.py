@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import signal
 import time
@@ -115,6 +116,7 @@ class Supervisor:
     _terminal: Terminal | None = None
     _oom: OomCounter = attrs.field(factory=OomCounter)
     _witness: _Witness | None = None
+    _call_at: float = math.inf
     _status: int | None = None
     _presses: int = 0
     _pressed: float = 0.0
@@ -161,21 +163,20 @@ class Supervisor:
 
     def wait(self, tend: Callable[[], None], interval: float) -> Ending:
         """Until the command has ended; ``tend`` is called every ``interval`` seconds."""
-        began = time.monotonic()
-        next_tend = began + interval
+        next_tend = time.monotonic() + interval
+        # Not for a command that has ended by then.
+        self._call_at = time.monotonic() + _WITNESS_AFTER
         awaited = {*self._passed, signal.SIGCHLD}
         while self._status is None:
             now = time.monotonic()
-            timeout = next_tend - now
-            if self._witness is None:
-                timeout = min(timeout, _WITNESS_AFTER)
+            timeout = min(next_tend, self._call_at) - now
             if self._presses:
                 timeout = min(timeout, 0.25)
             info = signal.sigtimedwait(awaited, max(0.0, timeout))
             if info is None:
                 now = time.monotonic()
-                if self._witness is None and now - began >= _WITNESS_AFTER:
-                    self._witness = _Witness.call()
+                if now >= self._call_at:
+                    self._call_witness()
                 if now >= next_tend:
                     next_tend = now + interval
                     tend()
@@ -235,6 +236,7 @@ class Supervisor:
         """What outlived the command, when that is to be left alone."""
         from orchard_infra.membership import command_of
 
+        self._give_terminal_back()
         return [Leftover(i.pid, command_of(i.pid), "left", "asked to") for i in self._below()]
 
     def _stop(
@@ -265,7 +267,7 @@ class Supervisor:
             for fate in ("stopped", "killed", "denied", "stuck"):
                 for identity in getattr(outcome, fate):
                     fates[identity] = fate
-                    commands.setdefault(identity, command_of(identity.pid))
+                    commands.setdefault(identity, "started meanwhile")
             targets = [
                 identity
                 for identity in self._below()
@@ -293,6 +295,7 @@ class Supervisor:
             elif self._witness is not None and pid == self._witness.pid:
                 self._witness.forget()
                 self._witness = None
+                self._call_at = time.monotonic() + _WITNESS_AFTER
 
     def _stop_along(self, signum: int) -> None:
         """Stop as the command did: the shell waits for us, and takes the terminal back then.
@@ -326,7 +329,11 @@ class Supervisor:
         """What the old one has seen would be taken for the next signal of that kind."""
         if self._witness is not None:
             self._witness.dismiss()
-            self._witness = _Witness.call()
+            self._call_witness()
+
+    def _call_witness(self) -> None:
+        self._witness = _Witness.call()
+        self._call_at = math.inf
 
     def _press(self) -> None:
         """Ctrl-C. The first is the command's own affair; if it stays, the next ones are ours."""
@@ -337,13 +344,15 @@ class Supervisor:
         now = time.monotonic()
         self._presses = self._presses + 1 if now - self._pressed < _AGAIN_WITHIN else 1
         self._pressed = now
-        if self._presses == 2:
+        if self._presses == 1:
+            self._hinted = False
+        elif self._presses == 2:
             self.tell(f"Ctrl-C again: sending SIGTERM to {self._name} and all below; next: SIGKILL")
             for identity in self._below():
                 if not self._is_spared(identity.pid) and processes.is_alive(identity):
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(identity.pid, signal.SIGTERM)
-        elif self._presses > 2:
+        else:
             from orchard_infra.terminating import stop_processes
 
             self.tell(f"Ctrl-C for the third time: killing {self._name} and all below")
@@ -357,7 +366,7 @@ class Supervisor:
             self._presses = 0  # back at its prompt: it has dealt with it
         elif self._presses == 1 and waited > _HINT_AFTER and not self._hinted:
             self._hinted = True
-            self.tell(f"waiting for {self._name} to end; Ctrl-C twice more kills it")
+            self.tell(f"waiting for {self._name} to end; Ctrl-C again: SIGTERM, and then SIGKILL")
 
     def _is_spared(self, pid: int) -> bool:
         if any(identity.pid == pid for identity in self._before):
@@ -365,6 +374,8 @@ class Supervisor:
         return self.reason_to_spare(pid) is not None
 
     def _below(self) -> list[ProcessIdentity]:
+        if not _sees_itself():
+            return []
         below = processes.descendants([os.getpid()]).values()
         witness = self._witness.pid if self._witness is not None else 0
         return [i for i in below if i not in self._before and i.pid != witness]
@@ -460,6 +471,14 @@ class _Witness:
 
     def forget(self) -> None:
         os.close(self._pipe)
+
+
+def _sees_itself() -> bool:
+    """False with the /proc of another pid namespace: its numbers are other people's here."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
 
 
 def _become_subreaper() -> None:

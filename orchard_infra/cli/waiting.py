@@ -85,6 +85,8 @@ class WaitingHandler(logging.Handler):
     def _line(self, holder: RunRecord | None) -> Text:
         from rich.text import Text
 
+        from orchard_infra.cli.output import command, wrapped_command
+
         waited = duration(time.monotonic() - self._began)
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(printable(self._project), "bold")
@@ -94,5 +96,5 @@ class WaitingHandler(logging.Handler):
         else:
             age = duration(time.time() - holder.started_at)
             line.append(f"held for {age} by pid {holder.pid} on {printable(holder.host)} ")
-            line.append(printable(f"({holder.user}): {' '.join(holder.argv)}"))
+            line.append(printable(f"({holder.user}): {command(wrapped_command(holder.argv))}"))
         return line

@@ -22,6 +22,7 @@ import attrs
 from orchard_infra import files
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, LockLostError
 from orchard_infra.locks.base import ClearDead
+from orchard_infra.masking import uninterrupted
 from orchard_infra.runs import (
     RECORD_LIMIT,
     RECORD_START,
@@ -91,7 +92,8 @@ class FileLock:
         try:
             while True:
                 if attempt.succeeds():
-                    return FileLease.take(path, attempt.hand_over(), record, self.interval)
+                    with uninterrupted():
+                        return FileLease.take(path, attempt.hand_over(), record, self.interval)
                 now = time.monotonic()
                 if now >= look_next:
                     look_next = now + _LOOK_AGAIN
@@ -140,6 +142,10 @@ class _Attempt:
 
     def succeeds(self) -> bool:
         """Try once. True: the lock is ours, and its file is the one that the path names."""
+        with uninterrupted():
+            return self._try()
+
+    def _try(self) -> bool:
         while not self._locked:
             if self._fd < 0 or not files.same_file(self._fd, self.path):
                 self.abandon()
@@ -244,6 +250,13 @@ class FileLease:
                 raise _explain(error, path) from error
             raise
         return lease
+
+    def __del__(self) -> None:
+        # A signal may raise between the end of `acquire` and the caller's assignment.
+        try:
+            self.release()
+        except OSError:
+            pass
 
     def verify(self) -> None:
         """See `Lease.verify`. The file must still be there, and be the same one."""
