@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import signal
 from collections.abc import Iterator
 
 # Not the ones by which the kernel reports a fault of the thread itself.
 _FAULTS = ("SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGSEGV", "SIGSYS", "SIGTRAP")
-_SIGNALS = frozenset(signal.valid_signals()).difference(
-    getattr(signal, name) for name in _FAULTS if hasattr(signal, name)
+_SIGNALS = frozenset(map(int, signal.valid_signals())).difference(
+    int(getattr(signal, name)) for name in _FAULTS if hasattr(signal, name)
 )
 
 
@@ -27,8 +28,9 @@ def uninterrupted() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    # Past signal.pthread_sigmask, which makes an enum of each of them: 100 us.
+    before = _signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _signal.pthread_sigmask(signal.SIG_SETMASK, before)

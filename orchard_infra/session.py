@@ -292,8 +292,9 @@ class Session:
             for failure in report.failures:
                 self.logger.warning("temporary artifacts: %s", failure)
 
-        self._undo("temporary artifacts", clean)  # first: it is for an interrupted `open`, too
-        cleaner.open(tmp_dir)
+        with uninterrupted():
+            cleaner.open(tmp_dir)
+            self._undo("temporary artifacts", clean)
 
     def _failed(self) -> bool:
         """A generator that is closed early did not fail, and neither did an exit with 0."""
