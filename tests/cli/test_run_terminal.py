@@ -110,6 +110,7 @@ def test_the_second_and_third_ctrl_c_escalate(wrapper: Wrapper, in_terminal: InT
 
     child.sendintr()
     child.expect_exact("got SIGINT")
+    child.expect_exact("to end; Ctrl-C again: SIGTERM, and then SIGKILL")
     child.sendintr()
     child.expect_exact("Ctrl-C again: sending SIGTERM")
     child.expect_exact("got SIGTERM")
@@ -284,7 +285,7 @@ def test_a_spinner_says_who_holds_the_project_and_leaves_nothing(
     first.wait_for("ready")
     child = in_terminal(*RUN, "--wait", "--", "echo", "mine")
 
-    child.expect(rf"digits.*: waiting 0 s; held for \d+ s by pid {first.pid} on ")
+    child.expect(rf"digits.*: waiting 0 s; held for \d+ s by pid {first.pid} on .*: sh -c echo")
     child.expect(r"waiting 1 s;")
     first.tell()
 
