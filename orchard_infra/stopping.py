@@ -201,7 +201,9 @@ class SignalWatch(Takeover):
 
         The release waits for them, at most ``hold_limit`` seconds. What they raise is logged.
         """
-        self._mail.put(callback)
+        # The thread may have been started with all signals blocked, and so would be the children
+        # of a callback. It is called with the mask that its giver has.
+        self._mail.put((callback, _signal_mask(None)))
 
     def request(self, reason: str) -> None:
         """See `StopWatch.request`."""
@@ -344,7 +346,7 @@ class SignalWatch(Takeover):
 
     def _attend(self) -> None:
         """The thread: it says and calls what a handler must not, and signals when it is due."""
-        callbacks: list[Callable[[StopRequest], object]] = []
+        callbacks: list[tuple[Callable[[StopRequest], object], set[Any]]] = []
         announced = False
         while True:
             due = self._due
@@ -353,29 +355,33 @@ class SignalWatch(Takeover):
                 message = self._mail.get(timeout=rest)
             except queue.Empty:
                 message = None
+            if isinstance(message, tuple):
+                callbacks.append(message)
             request = self.requested
-            if request is not None and not announced:
-                announced = True
-                self.logger.warning(
-                    "stop requested: %s", request.reason, extra={"stop_request": request}
-                )
-                for callback in callbacks:
-                    self._call(callback, request)
-            if message is _END:
-                return
+            if request is not None:
+                if not announced:
+                    announced = True
+                    self.logger.warning(
+                        "stop requested: %s", request.reason, extra={"stop_request": request}
+                    )
+                while callbacks:
+                    self._call(*callbacks.pop(0), request)
             if isinstance(message, threading.Event):
                 message.set()
-            elif message is not None and request is not None:
-                self._call(message, request)
-            elif message is not None:
-                callbacks.append(message)
+            if message is _END:
+                return
             self._signal_if_due()
 
-    def _call(self, callback: Callable[[StopRequest], object], request: StopRequest) -> None:
+    def _call(
+        self, callback: Callable[[StopRequest], object], mask: set[Any], request: StopRequest
+    ) -> None:
+        before = _signal_mask(mask)
         try:
             callback(request)
         except BaseException:  # also a sys.exit: it would end this thread, and nothing else
             self.logger.exception("a callback of on_stop failed")
+        finally:
+            _signal_mask(before)
 
     def _signal_if_due(self) -> None:
         """Interrupt the main thread, be it in a blocking call, with the signal that waits."""
@@ -396,3 +402,12 @@ class SignalWatch(Takeover):
                 _thread.interrupt_main(signum)
             else:
                 signal.pthread_kill(threading.main_thread().ident or 0, signum)
+
+
+def _signal_mask(mask: set[Any] | None) -> set[Any]:
+    """The signals that this thread blocks; from now on those of ``mask``, if there is one."""
+    if sys.platform == "win32":
+        return set()
+    if mask is None:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    return signal.pthread_sigmask(signal.SIG_SETMASK, mask)
