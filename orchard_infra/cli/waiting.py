@@ -67,25 +67,25 @@ class WaitingHandler(logging.Handler):
         if terminal.is_dumb_terminal:
             return None
         spinner = Spinner("line")
-        looked = time.monotonic()
+        shown, program, looked = holder, _program_of(holder), time.monotonic()
 
         def render() -> Spinner:
-            nonlocal holder, looked
+            nonlocal shown, program, looked
             if time.monotonic() - looked > _LOOK_AGAIN:
                 looked = time.monotonic()
                 holder = FileLock().holder(self._lock_path)
-            spinner.update(text=self._line(holder))
+                if holder != shown:
+                    shown, program = holder, _program_of(holder)
+            spinner.update(text=self._line(shown, program))
             return spinner
 
-        live = Live(get_renderable=render, console=terminal, refresh_per_second=5, transient=True)
+        live = Live(get_renderable=render, console=terminal, refresh_per_second=3, transient=True)
         live.start()
         terminal.show_cursor(True)  # somebody may kill us, or press Ctrl-Z
         return live
 
-    def _line(self, holder: RunRecord | None) -> Text:
+    def _line(self, holder: RunRecord | None, program: str) -> Text:
         from rich.text import Text
-
-        from orchard_infra.cli.output import command, wrapped_command
 
         waited = duration(time.monotonic() - self._began)
         line = Text(no_wrap=True, overflow="ellipsis")
@@ -96,5 +96,11 @@ class WaitingHandler(logging.Handler):
         else:
             age = duration(time.time() - holder.started_at)
             line.append(f"held for {age} by pid {holder.pid} on {printable(holder.host)} ")
-            line.append(printable(f"({holder.user}): {command(wrapped_command(holder.argv))}"))
+            line.append(printable(f"({holder.user}): {program}"))
         return line
+
+
+def _program_of(holder: RunRecord | None) -> str:
+    from orchard_infra.cli.output import command, wrapped_command
+
+    return "" if holder is None else command(wrapped_command(holder.argv))
