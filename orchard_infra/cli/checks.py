@@ -281,7 +281,7 @@ def _orphans(patient: Patient) -> Finding:
         if found.ppid != parent and not processes.is_defunct(found):
             break  # somebody else has the pid by now
         time.sleep(0.01)
-    who = f"pid {parent} ({output.shorten(output.command(command_of(parent).split(' ')), 40)})"
+    who = f"pid {parent} ({_shown(parent, 40)})"
     if found is not None and processes.is_defunct(found):
         return (
             Level.WARNING,
@@ -311,8 +311,7 @@ def _shared_memory(patient: Patient) -> Finding:
     holders = sorted(_shm_holders(), key=lambda holder: -holder[1])
     if holders:
         text += "; mapped by " + ", ".join(
-            f"pid {pid} ({output.size(mapped)}, {output.shorten(command_of(pid), 40)})"
-            for pid, mapped in holders[:3]
+            f"pid {pid} ({output.size(mapped)}, {_shown(pid, 40)})" for pid, mapped in holders[:3]
         )
         text += f" and {output.count(len(holders) - 3, 'other')}" * (len(holders) > 3)
     if 0 < total <= _DOCKER_SHM:
@@ -408,7 +407,7 @@ def _master_port(patient: Patient) -> Finding:
     if owner is None:
         who = "a process that cannot be seen from here"
     else:
-        who = f"pid {owner} ({output.shorten(command_of(owner), 60)})"
+        who = f"pid {owner} ({_shown(owner, 60)})"
     return (
         Level.WARNING,
         f"{name} is taken by {who}",
@@ -709,6 +708,11 @@ def _unescape(field: str) -> str:
     for octal, char in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         field = field.replace(octal, char)
     return field
+
+
+def _shown(pid: int, width: int) -> str:
+    """The command of a process, in at most so many columns."""
+    return output.shorten(output.command(command_of(pid).split(" ")), width)
 
 
 def _try_lock(path: Path) -> str:

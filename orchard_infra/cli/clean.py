@@ -50,7 +50,7 @@ Examples:
   orchard-infra clean --project digits --yes
 
 Exits with 1 when something could not be cleaned up, or the answer was no.
-"""
+""",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be done.")
 @click.option("-y", "--yes", is_flag=True, help="Do it without asking.")
@@ -269,6 +269,8 @@ def describe(plan: Plan, console: Console) -> Iterator[Text]:
     yield from _describe_files(
         "Shared memory that is not proven dead", "keep", plan.files.kept, width
     )
+    for failure in plan.files.failures:
+        yield from output.wrapped(console, f"cannot be removed: {failure}", indent=2, style="red")
 
 
 def _describe_ghosts(ghosts: Iterable[Ghost], verdict: Text, console: Console) -> Iterator[Text]:

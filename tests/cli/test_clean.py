@@ -1,0 +1,403 @@
+"""`orchard-infra clean`, after runs that were killed, beside runs that live."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from commands import (
+    COMMAND,
+    OWN_SIZE,
+    is_first_pid_namespace,
+    killed,
+    orchard_infra,
+    plant,
+    queue,
+    status_of,
+    train,
+    wait_for_state,
+)
+from support import Script, is_running, run_command, run_python, wait_gone, wait_until
+
+# A run of digits, or, with GHOST, a process that has the same command line and is in no run.
+SCRIPT = """
+    import os, sys, time
+    if os.environ.get("GHOST"):
+        print("ready", flush=True)
+        while True:
+            time.sleep(600)
+    from orchard_infra import managed_environment
+    with managed_environment("digits"):
+        print("ready", flush=True)
+        sys.stdin.read()
+"""
+
+
+def script(tmp_path: Path, *arguments: str, **environ: str) -> Script:
+    started = run_python(tmp_path, SCRIPT, *arguments, name="train.py", env=environ)
+    started.wait_for("ready")
+    return started
+
+
+def ghost(tmp_path: Path, *arguments: str, **environ: str) -> Script:
+    """One that is old enough not to be taken for a run that has not registered yet."""
+    started = script(tmp_path, *arguments, GHOST="1", **environ)
+    wait_until(lambda: time.time() - psutil.Process(started.pid).create_time() > 2.2)
+    return started
+
+
+def clean(tmp_path: Path, *words: str, expect: int = 0, answer: str = "", **environ: str) -> Script:
+    return orchard_infra(
+        tmp_path,
+        "clean",
+        *words,
+        expect=expect,
+        answer=answer,
+        env={"COLUMNS": "200", **environ},
+    )
+
+
+def verdict_on(pid: int, output: str) -> tuple[str, str]:
+    """What is to become of a process, and the evidence: a line, and the one below it."""
+    lines = output.splitlines()
+    for above, line in itertools.pairwise(lines):
+        if re.search(rf"; pids? (\d+, )*{pid}\b", line):
+            return above.split()[0], line.strip()
+    raise AssertionError(f"no pid {pid} in\n{output}")
+
+
+def test_nothing_to_do_is_a_success(tmp_path):
+    assert clean(tmp_path).output == "Nothing to clean up.\n"
+
+
+def test_live_and_waiting_runs_are_nothing_to_clean_up(tmp_path):
+    run = train(tmp_path, "digits", FORK="1", EXEC="1")
+    waiter = queue(tmp_path, "digits")
+    wait_for_state(tmp_path, "digits", "running", "waiting")
+    pids = [pid for row in status_of(tmp_path) for pid in row["pids"]]
+    assert "Nothing to clean up." in clean(tmp_path, "--yes").output
+    assert {run.pid, waiter.pid} < set(pids)
+    assert all(is_running(pid) for pid in pids)
+    wait_for_state(tmp_path, "digits", "running", "waiting")
+
+
+def test_survivors_are_stopped_and_what_the_run_left_is_removed(tmp_path):
+    killed(tmp_path, "digits", FORK="2", EXEC="1")
+    (row,) = status_of(tmp_path)
+    assert len(row["survivors"]) == 3
+    said = clean(tmp_path, "--yes").output
+    for survivor in row["survivors"]:
+        verdict, evidence = verdict_on(survivor["pid"], said)
+        assert verdict == "stop"
+        assert "survivor of digits" in evidence
+        assert survivor["evidence"] in evidence
+    wait_gone(row["pids"])
+    assert not Path(row["tmp_dir"]).exists()
+    assert status_of(tmp_path) == []
+    assert "stopped 3 processes" in said
+    assert "removed 1 record" in said
+    assert re.search(r"removed 1 directory \(8\.\d KiB\)", said)
+    assert clean(tmp_path, "--yes").output == "Nothing to clean up.\n"
+
+
+def test_a_dry_run_shows_it_all_and_changes_nothing(tmp_path):
+    killed(tmp_path, "digits", FORK="2")
+    before = status_of(tmp_path)
+    said = clean(tmp_path, "--dry-run").output
+    assert "survivor of digits" in said
+    assert before[0]["tmp_dir"] in said
+    assert "This would stop 2 processes" in said
+    assert "remove 1 record and 1 directory (8.0 KiB)" in said
+    (row,) = status_of(tmp_path)
+    assert row["pids"] == before[0]["pids"]
+    assert Path(row["tmp_dir"]).exists()
+
+
+def test_it_asks_first(tmp_path, in_terminal):
+    killed(tmp_path, "digits", FORK="1")
+    (row,) = status_of(tmp_path)
+    for answer, status in (("n", 1), ("y", 0)):
+        terminal = in_terminal(COMMAND, "clean", env=OWN_SIZE)
+        terminal.expect(r"Stop 1 process .* and remove 1 record and 1 directory .*\? \[y/N\]")
+        assert is_running(row["pids"][0])
+        terminal.sendline(answer)
+        terminal.expect_exact("Nothing was done." if answer == "n" else "removed 1 record")
+        assert terminal.wait() == status
+    wait_gone(row["pids"])
+
+
+def test_where_nobody_answers_nothing_is_done(tmp_path):
+    killed(tmp_path, "digits", FORK="1")
+    said = clean(tmp_path, expect=1)
+    assert "nobody answered" in said.error_output
+    assert len(status_of(tmp_path)[0]["pids"]) == 1
+
+
+def test_a_survivor_that_ignores_sigterm_is_killed(tmp_path):
+    run = run_python(
+        tmp_path,
+        """
+        import os, signal, time
+        from orchard_infra import managed_environment
+        with managed_environment("digits"):
+            reader, writer = os.pipe()
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.write(writer, b"x")
+                time.sleep(600)
+            os.read(reader, 1)
+            print("ready", flush=True)
+            input()
+        """,
+    )
+    run.wait_for("ready")
+    run.kill()
+    run.wait()
+    (row,) = status_of(tmp_path)
+    assert "killed 1 process" in clean(tmp_path, "--yes", "--grace", "0.2").output
+    wait_gone(row["pids"])
+
+
+def test_a_twin_of_a_live_run_is_stopped_and_the_run_goes_on(tmp_path):
+    twin = ghost(tmp_path, "--lr", "3")
+    run = script(tmp_path, "--lr", "3")
+    said = clean(tmp_path, "--yes").output
+    verdict, evidence = verdict_on(twin.pid, said)
+    assert verdict == "stop"
+    assert "twin of digits" in evidence
+    assert "same program, arguments, directory and devices" in evidence
+    assert twin.finish() == -signal.SIGTERM
+    assert is_running(run.pid)
+
+
+def test_a_twin_of_a_dead_run_that_is_older_than_it_is_stopped(tmp_path):
+    twin = ghost(tmp_path, "--lr", "3")
+    run = script(tmp_path, "--lr", "3")
+    run.kill()
+    run.wait()
+    verdict, evidence = verdict_on(twin.pid, clean(tmp_path, "--yes").output)
+    assert verdict == "stop"
+    assert "same program, arguments and directory, and older than the dead run" in evidence
+    assert twin.finish() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_only_looks_like_a_twin_is_kept_and_told_why(tmp_path, alive):
+    (tmp_path / "elsewhere").mkdir()
+    other_arguments = ghost(tmp_path, "--lr", "4")
+    other_devices = ghost(tmp_path, "--lr", "3", CUDA_VISIBLE_DEVICES="1")
+    elsewhere = run_python(
+        tmp_path,
+        SCRIPT,
+        *("--lr", "3"),
+        name="train.py",
+        cwd=tmp_path / "elsewhere",
+        env={"GHOST": "1"},
+    )
+    elsewhere.wait_for("ready")
+    run = script(tmp_path, "--lr", "3")
+    younger = script(tmp_path, "--lr", "3", GHOST="1")
+    if not alive:
+        run.kill()
+        run.wait()
+    said = clean(tmp_path, "--yes").output
+    for process, reason in (
+        (other_arguments, "relative of digits (pid %d): other arguments"),
+        (other_devices, "relative of digits (pid %d): other visible devices"),
+        (elsewhere, "relative of digits (pid %d): other working directory"),
+        (younger, "look-alike of digits (pid %d): started after this run"),
+    ):
+        verdict, evidence = verdict_on(process.pid, said)
+        assert verdict == "keep"
+        assert reason % run.pid in evidence
+        assert is_running(process.pid)
+
+
+def test_a_look_alike_that_may_still_register_is_kept(tmp_path):
+    young = script(tmp_path, GHOST="1")
+    run = script(tmp_path)
+    verdict, evidence = verdict_on(young.pid, clean(tmp_path, "--yes").output)
+    assert verdict == "keep"
+    assert "may register yet" in evidence
+    assert is_running(young.pid)
+    assert is_running(run.pid)
+
+
+def test_nobody_is_the_twin_of_a_dead_run_with_a_relative_script(tmp_path, runtime_directory):
+    # It may have changed its directory since it was started: then train.py was another file.
+    (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
+    look_alike = run_command(
+        tmp_path, [sys.executable, "train.py"], env={"GHOST": "1", "PWD": str(tmp_path)}
+    )
+    look_alike.wait_for("ready")
+    wait_until(lambda: time.time() - psutil.Process(look_alike.pid).create_time() > 2.2)
+    started = time.clock_gettime(time.CLOCK_BOOTTIME)
+    plant(
+        runtime_directory,
+        project="digits",
+        argv=[sys.executable, "train.py"],
+        cwd=str(tmp_path),
+        create_time=started,
+        started_at=time.time(),
+    )
+    verdict, evidence = verdict_on(look_alike.pid, clean(tmp_path, "--yes").output)
+    assert verdict == "keep"
+    assert "nobody knows in which directory the dead run was started" in evidence
+    assert is_running(look_alike.pid)
+
+
+def test_a_run_from_before_the_last_boot_has_no_twins(tmp_path, runtime_directory):
+    # Its create time is on another clock: everybody would be older than it.
+    look_alike = ghost(tmp_path)
+    path = plant(
+        runtime_directory,
+        project="digits",
+        argv=[sys.executable, str(tmp_path / "train.py")],
+        cwd=str(tmp_path),
+        boot_id="00000000-0000-4000-8000-000000000000",
+        create_time=1e9,
+    )
+    said = clean(tmp_path, "--yes").output
+    assert str(look_alike.pid) not in said
+    assert is_running(look_alike.pid)
+    assert not path.exists()
+
+
+def test_the_processes_of_a_restarted_run_are_kept(tmp_path):
+    # The same command, killed and started again: the usual thing.
+    first = script(tmp_path)
+    first.kill()
+    first.wait()
+    second = script(tmp_path)
+    said = clean(tmp_path, "--yes").output
+    assert "stop " not in said
+    assert is_running(second.pid)
+
+
+def test_nothing_is_stopped_on_shared_compute_and_the_evidence_stays(tmp_path):
+    killed(tmp_path, "digits", FORK="1")
+    killed(tmp_path, "letters")
+    rows = {row["project"]: row for row in status_of(tmp_path)}
+    (survivor,) = rows["digits"]["pids"]
+    said = clean(tmp_path, "--yes", SLURM_JOB_ID="7").output
+    assert "None is stopped: this is a Slurm job (SLURM_JOB_ID=7)" in said
+    assert verdict_on(survivor, said)[0] == "keep"
+    assert is_running(survivor)
+    # What is dead for good may be removed there as well.
+    assert [row["project"] for row in status_of(tmp_path)] == ["digits"]
+    assert Path(rows["digits"]["tmp_dir"]).exists()
+    assert not Path(rows["letters"]["tmp_dir"]).exists()
+
+
+def test_only_the_runs_of_a_project(tmp_path):
+    killed(tmp_path, "letters", FORK="1")
+    killed(tmp_path, "digits", FORK="1")
+    clean(tmp_path, "--yes", "--project", "digits")
+    (row,) = status_of(tmp_path)
+    assert (row["project"], row["state"]) == ("letters", "survivors")
+
+
+def test_a_live_run_that_a_dead_one_started_is_kept(tmp_path):
+    (tmp_path / "inner.py").write_text(
+        "import os, time\n"
+        "from orchard_infra import managed_environment\n"
+        "with managed_environment('letters'):\n"
+        "    print('inner', os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    outer = run_python(
+        tmp_path,
+        """
+        import subprocess, sys
+        from orchard_infra import managed_environment
+        with managed_environment("digits"):
+            subprocess.run([sys.executable, "inner.py"])
+        """,
+    )
+    inner = int(outer.wait_for("inner").split()[1])
+    outer.kill()
+    outer.wait()
+    clean(tmp_path, "--yes")
+    assert is_running(inner)
+    assert [row["project"] for row in status_of(tmp_path)] == ["letters"]
+
+
+def test_what_cannot_be_removed_is_told_and_fails(tmp_path, runtime_directory):
+    results = tmp_path / "orchard-infra-0123456789abcdef"
+    results.write_text("results")
+    plant(runtime_directory, run_id="0123456789abcdef", tmp_dir=str(results))
+    assert "a regular file is there" in clean(tmp_path, "--dry-run").output
+    assert "not removed" in clean(tmp_path, "--yes", expect=1).output
+    assert results.read_text() == "results"
+
+
+def test_a_record_cannot_name_what_is_removed(tmp_path, runtime_directory):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    plant(runtime_directory, tmp_dir=str(precious))
+    assert "precious" not in clean(tmp_path, "--yes").output
+    assert precious.is_dir()
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_nothing_of_a_record_or_a_command_acts_on_the_terminal(
+    tmp_path, runtime_directory, columns
+):
+    evil = "evil\x1b[2J\x07[red]\u202e\r"
+    killed(tmp_path, "digits", evil, FORK="1")
+    plant(runtime_directory, project=evil, argv=["python", evil], cwd=evil)
+    said = clean(tmp_path, "--dry-run", COLUMNS=columns).output
+    assert all(letter == "\n" or letter.isprintable() for letter in said)
+    assert r"evil\x1b[2J" in said
+    assert "[red]" in said
+    assert all(len(line) <= int(columns) for line in said.splitlines())
+
+
+def test_a_closed_or_early_closed_output_does_no_harm(tmp_path):
+    killed(tmp_path, "digits", FORK="1")
+    script = run_command(tmp_path, ["bash", "-c", f"'{COMMAND}' clean --yes >&-"])
+    assert script.finish() == 0, script.transcript()
+    assert status_of(tmp_path) == []
+
+
+@pytest.fixture
+def own_shared_memory(tmp_path, require_tool):
+    """What gives a command a /dev/shm of its own, since other tests clean up this one's."""
+    prefix = (require_tool("unshare"), "--mount", "sh", "-c")
+    probe = run_command(tmp_path, [*prefix, "mount -t tmpfs tmpfs /dev/shm"])
+    if probe.finish() != 0:
+        pytest.skip("needs a real root")
+    return (*prefix, 'mount -t tmpfs tmpfs /dev/shm; eval "$PLANT"; "$@"; ls /dev/shm', "sh")
+
+
+@pytest.mark.skipif(not is_first_pid_namespace(), reason="needs a real machine, no container")
+def test_shared_memory_of_the_dead_is_removed_and_that_of_the_living_kept(
+    tmp_path, own_shared_memory
+):
+    dead = run_command(tmp_path, ["true"])
+    dead.finish()
+    plant_files = "; ".join(
+        f"head -c 100000 /dev/zero > /dev/shm/{name}"
+        for name in (f"torch_{dead.pid}_1_0", f"torch_{os.getpid()}_1_0", "results")
+    )
+    for words, what in (("--dry-run", "This would remove"), ("--yes", "removed")):
+        said = orchard_infra(
+            tmp_path,
+            *("clean", words),
+            prefix=own_shared_memory,
+            env={"PLANT": plant_files, "COLUMNS": "200"},
+        ).output
+        assert f"{what} 1 file of shared memory (100 KiB)" in said
+        left = said.splitlines()[-3:] if words == "--dry-run" else said.splitlines()[-2:]
+        assert f"torch_{os.getpid()}_1_0" in left
+        assert "results" in left
+        assert (f"torch_{dead.pid}_1_0" in left) == (words == "--dry-run")
