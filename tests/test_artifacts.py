@@ -23,6 +23,7 @@ import pytest
 from orchard_infra import artifacts
 from orchard_infra.artifacts import Cleaner, CleanReport, TemporaryArtifacts
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.processes import read_stat
 from orchard_infra.runs import describe_this_run
 from support import (
     Script,
@@ -35,6 +36,7 @@ from support import (
 
 T = TypeVar("T")
 
+TORCH_MANAGER = artifacts._TORCH_MANAGER
 RUN_ID = "0123456789abcdef"
 LONG_AGO = 1_000_000_000.0  # seconds since the epoch
 
@@ -48,9 +50,10 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs a real /
 
 @pytest.fixture(autouse=True)
 def shm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /dev/shm: other tests, and other people, use that one."""
+    """In place of /dev/shm: other tests, and other people, use that one, and torch."""
     directory = tmp_path_factory.mktemp("shm")
     monkeypatch.setattr(artifacts, "_SHARED_MEMORY", str(directory))
+    monkeypatch.setattr(artifacts, "_TORCH_MANAGER", "our-manager")
     return directory
 
 
@@ -548,7 +551,7 @@ class TestADeadRun:
 class TestSharedMemory:
     """Of the kind that says in its name which process made it."""
 
-    def leave(self, shm: Path, name: str = "torch_{}_1_0", pid: int | None = None) -> Path:
+    def leave(self, shm: Path, name: str = "pym-{}-ab1_x9z2", pid: int | None = None) -> Path:
         # Above the highest pid that Linux can give.
         return write(shm / name.format(2**22 + 7 if pid is None else pid))
 
@@ -595,7 +598,7 @@ class TestSharedMemory:
     def test_that_is_no_regular_file_stays(
         self, shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     ) -> None:
-        left = shm / f"torch_{2**22 + 7}_1_0"
+        left = shm / f"pym-{2**22 + 7}-ab1_x9z2"
         target = write(tmp_path / "target")
         listener = socket.socket(socket.AF_UNIX)
         if kind == "directory":
@@ -686,10 +689,10 @@ class TestSharedMemory:
     def test_of_torch_stays_while_a_manager_of_torch_may_keep_it_for_a_receiver(
         self, shm: Path, tmp_path: Path
     ) -> None:
-        torchs, others = self.leave(shm), self.leave(shm, "__KMP_REGISTERED_LIB_{}_0")
-        (tmp_path / "torch_shm_manager").symlink_to(sys.executable)
+        torchs, others = self.leave(shm, "torch_{}_1_0"), self.leave(shm)
+        (tmp_path / "our-manager").symlink_to(sys.executable)
         manager = run_command(
-            tmp_path, [str(tmp_path / "torch_shm_manager"), "-c", "print('ready'); input()"]
+            tmp_path, [str(tmp_path / "our-manager"), "-c", "print('ready'); input()"]
         )
         manager.wait_for("ready")
 
@@ -758,6 +761,7 @@ class TestSharedMemory:
     ) -> None:
         require_module("torch")
         monkeypatch.setattr(artifacts, "_SHARED_MEMORY", "/dev/shm")
+        monkeypatch.setattr(artifacts, "_TORCH_MANAGER", TORCH_MANAGER)
         trainer = run_python(
             tmp_path,
             """
@@ -780,6 +784,7 @@ class TestSharedMemory:
         trainer.wait_for("ready")
         tree = [psutil.Process(trainer.pid), *psutil.Process(trainer.pid).children(recursive=True)]
         workers = {process.pid for process in tree}
+        titles = {stat.name for pid in workers if (stat := read_stat(pid))}
         for process in tree:
             process.suspend()  # or the manager would clean up before it is killed itself
         names = [
@@ -799,6 +804,7 @@ class TestSharedMemory:
             return not set(names) & set(os.listdir("/dev/shm"))
 
         assert names
+        assert TORCH_MANAGER in titles
         wait_until(collected, what="the removal of what the dead have shared")
 
 

@@ -29,7 +29,7 @@ Examples:
   orchard-infra doctor --json | jq '.checks[] | select(.status != "ok")'
 
 Exits with 1 when there is a problem; warnings alone exit with 0.
-"""
+""",
 )
 @click.option(
     "--lock-file",

@@ -48,7 +48,7 @@ Examples:
   orchard-infra status
   orchard-infra status --watch
   orchard-infra status --json | jq '.runs[] | select(.state == "running").pid'
-"""
+""",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/cli.md has the schema.")
 @click.option("-w", "--watch", is_flag=True, help="Look again every second, until Ctrl-C.")

@@ -53,7 +53,7 @@ Examples:
   orchard-infra stop 4711 --grace 300
 
 Exits with 0 when nothing of the run lives any more, with 3 when there is no such run.
-"""
+""",
 )
 @click.argument("target", metavar="PROJECT|PID", shell_complete=output.complete_project)
 @click.option(
