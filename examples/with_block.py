@@ -12,7 +12,6 @@ from orchard_infra import EnvironmentLockedError, managed_environment
 def main() -> int:
     try:
         with managed_environment("with-block") as env:
-            assert env.tmp_dir is not None  # it is where no cleaner was asked for
             scratch = env.tmp_dir / "features.bin"
             scratch.write_bytes(bytes(1_000_000))
             print(f"run {env.run.run_id} of {env.run.project} holds {env.lock_path}")
