@@ -50,18 +50,28 @@ def holding(command: Sequence[str]) -> Iterator[str]:
             process.stdout.read()
 
 
-def hold(pids: Sequence[int], alive: set[int]) -> None:
-    """Say that we are ready, wait until stdin is closed, and end all who are still ``alive``."""
-    print("ready", *pids, flush=True)
+@contextlib.contextmanager
+def children() -> Iterator[set[int]]:
+    """A set for the pids of children: whatever happens in the block, they end with it."""
+    alive: set[int] = set()
+    try:
+        yield alive
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for pid in alive:  # ours, and not reaped: nobody else can have the pid
+            os.kill(pid, signal.SIGKILL)
+        for pid in alive:
+            os.waitpid(pid, 0)
+
+
+def hold(alive: set[int], *say: int) -> None:
+    """Say that we are ready, and wait until stdin is closed. Children that end are reaped."""
+    _reap_into(alive)
+    print("ready", *say, flush=True)
     sys.stdin.read()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for pid in sorted(alive):  # ours, and not reaped: nobody else can have the pid
-        os.kill(pid, signal.SIGKILL)
-    for pid in sorted(alive):
-        os.waitpid(pid, 0)
 
 
-def reap_into(alive: set[int]) -> None:
+def _reap_into(alive: set[int]) -> None:
     """From now on take every child that ends out of ``alive``."""
 
     def reap(number: int, frame: object) -> None:
@@ -81,9 +91,12 @@ def fork_sleeper(*, ignoring: signal.Signals | None = None) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if ignoring is not None:
                 signal.signal(ignoring, signal.SIG_IGN)
+            # Else whoever reads our output would wait for its end as well.
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, 0)
+            os.dup2(null, 1)
             signal.alarm(_LIFETIME)
             while True:
                 signal.pause()
@@ -110,17 +123,19 @@ def _main() -> None:
     for name in ("sleeping", "pythons", "stubborn", "runs"):
         parser.add_argument(name, type=int)
     wanted = parser.parse_args()
-    alive: set[int] = set()
     sleep = shutil.which("sleep") or "/bin/sleep"
-    for _ in range(wanted.sleeping):
-        alive.add(os.posix_spawn(sleep, ["sleep", str(_LIFETIME)], os.environ))
-    for _ in range(wanted.pythons):
-        alive.add(fork_sleeper())
-    stubborn = [fork_sleeper(ignoring=signal.SIGTERM) for _ in range(wanted.stubborn)]
-    alive.update(stubborn)
-    _register(wanted.runs)
-    reap_into(alive)
-    hold(stubborn, alive)
+    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
+    with children() as alive:
+        for _ in range(wanted.sleeping):
+            command = ["sleep", str(_LIFETIME)]
+            alive.add(os.posix_spawn(sleep, command, os.environ, file_actions=null))
+        for _ in range(wanted.pythons):
+            alive.add(fork_sleeper())
+        stubborn = [fork_sleeper(ignoring=signal.SIGTERM) for _ in range(wanted.stubborn)]
+        alive.update(stubborn)
+        if wanted.runs:
+            _register(wanted.runs)
+        hold(alive, *stubborn)
 
 
 if __name__ == "__main__":

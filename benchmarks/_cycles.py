@@ -15,10 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import attrs
 import psutil
-from _crowd import hold, reap_into
+from _crowd import children, hold
 from _harness import keep_quiet, python, take_turns, timed
 
 from orchard_infra import (
@@ -127,25 +128,30 @@ _CONTENDERS = {
 
 
 def _hold_runs(runs: int) -> None:
-    alive: set[int] = set()
-    for number in range(runs):
-        ready, tell = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                manager = InfrastructureManager(sanitizer=None, flusher=None, cleaner=None)
-                with managed_environment(EnvironmentConfig(f"sweep-{number}"), manager=manager):
-                    os.write(tell, b".")
-                    time.sleep(1800)
-            finally:
-                os._exit(0)
-        alive.add(pid)
-        os.close(tell)
-        if not os.read(ready, 1):
-            raise RuntimeError("a run ended before it was ready")
-        os.close(ready)
-    reap_into(alive)
-    hold((), alive)
+    with children() as alive:
+        for number in range(runs):
+            ready, tell = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                _be_a_run(number, tell)
+            alive.add(pid)
+            os.close(tell)
+            if not os.read(ready, 1):
+                raise RuntimeError("a run ended before it was ready")
+            os.close(ready)
+        hold(alive)
+
+
+def _be_a_run(number: int, tell: int) -> NoReturn:
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+        manager = InfrastructureManager(sanitizer=None, flusher=None, cleaner=None)
+        with managed_environment(EnvironmentConfig(f"sweep-{number}"), manager=manager):
+            os.write(tell, b".")
+            os.close(tell)
+            time.sleep(1800)
+    finally:
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from support import run_python
+from support import run_python, wait_gone
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("[!_]*.py"))
@@ -78,3 +78,26 @@ def test_every_benchmark_is_described_in_the_readme() -> None:
 
     assert SCRIPTS
     assert [name for name in SCRIPTS if f"`{name}.py`" not in text] == []
+
+
+def test_a_crowd_ends_with_the_benchmark_that_made_it(tmp_path: Path) -> None:
+    script = run_python(
+        tmp_path,
+        f"""
+        import os, signal, sys
+
+        import psutil
+
+        sys.path.insert(0, {str(BENCHMARKS)!r})
+        from _crowd import crowd
+
+        with crowd(sleeping=2, pythons=2, stubborn=1):
+            print("crowd", *(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    pids = [int(pid) for pid in script.wait_for("crowd").split()[1:]]
+    script.finish()
+
+    assert len(pids) == 1 + 2 + 2 + 1
+    wait_gone(pids)
