@@ -25,7 +25,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -57,6 +57,7 @@ _DEVICE_VARIABLES = (
 # Helpers of the multiprocessing module. They end with the process that they serve, and stopping
 # them first makes it complain of leaked semaphores.
 _MULTIPROCESSING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+_LOOKS = 5  # at what processes have started while others were stopped
 
 
 @attrs.frozen
@@ -158,16 +159,15 @@ class GhostSanitizer:
 
     def sanitize(self, scene: Scene) -> SanitizeReport:
         """See `Sanitizer.sanitize`: survivors of this project's dead runs, then look-alikes."""
-        runs = scene.registry.runs()
-        dead = [run for run in runs if not run.is_live and run.record.lock == scene.record.lock]
-        members = Membership(runs)
-        ghosts = [
-            Finding(s.pid, s.create_time, s.command, "survivor", s.evidence)
-            for _, s in members.survivors(dead)
-        ]
-        report = self._stop(ghosts, scene)
-        known = {finding.pid for finding in ghosts}
-        suspects = [f for f in self.look_alikes(scene, members) if f.pid not in known]
+
+        def survivors() -> list[Finding]:
+            runs = scene.registry.runs()
+            dead = [run for run in runs if not run.is_live and run.record.lock == scene.record.lock]
+            return _as_ghosts(survivor for _, survivor in Membership(runs).survivors(dead))
+
+        report, known = self._stop_again(survivors, scene)
+        members = Membership(scene.registry.runs())
+        suspects = [f for f in self.look_alikes(scene, members) if f.identity not in known]
         guilty = [finding for finding in suspects if finding.evidence == "twin"]
         if self.match == "script":
             guilty += [finding for finding in suspects if finding.evidence == "relative"]
@@ -292,28 +292,39 @@ class GhostSanitizer:
         run = scene.registry.find(dead.run_id) or RegisteredRun(dead, RunState.DEAD)
         may_stop = scene.why_not is None and not self.dry_run
         deadline = time.monotonic() + min(self.patience, 0.5 if may_stop else self.patience)
-        while True:
+
+        def survivors() -> tuple[Survivor, ...]:
             members = Membership(scene.registry.runs())
-            left = tuple(survivor for _, survivor in members.survivors([run]))
+            return tuple(survivor for _, survivor in members.survivors([run]))
+
+        while left := survivors():
             while any(processes.is_alive(survivor.identity) for survivor in left):
                 if time.monotonic() >= deadline:
                     if not may_stop:
                         return left
-                    ghosts = [
-                        Finding(s.pid, s.create_time, s.command, "survivor", s.evidence)
-                        for s in left
-                    ]
-                    report = self._stop(ghosts, scene)
+                    report, _ = self._stop_again(lambda: _as_ghosts(survivors()), scene)
                     _log(report, scene.logger)
-                    return tuple(s for s in left if processes.is_alive(s.identity))
+                    return survivors()
                 time.sleep(0.02)
-            if not left:
-                return ()
+        return ()
 
     def stop_leftovers(self, scene: Scene) -> SanitizeReport:
         """See `Sanitizer.stop_leftovers`. Daemons that opted out are spared, and so are
         processes of other live runs, even if they were started in here.
         """
+        spared: dict[ProcessIdentity, Finding] = {}
+
+        def leftovers() -> list[Finding]:
+            ghosts, others = self._leftovers(scene)
+            spared.update((finding.identity, finding) for finding in others)
+            return ghosts
+
+        report, _ = self._stop_again(leftovers, scene, spared)
+        _log(report, scene.logger)
+        return report + SanitizeReport(spared=tuple(spared.values()))
+
+    def _leftovers(self, scene: Scene) -> tuple[list[Finding], list[Finding]]:
+        """What was started inside the block: what is to be stopped of it, and what is not."""
         own = scene.registry.find(scene.record.run_id)
         me = os.getpid()
         above = {me, *processes.ancestors(me)}
@@ -349,9 +360,29 @@ class GhostSanitizer:
                 ghosts.append(leftover)
                 continue
             spared.append(attrs.evolve(leftover, reason=reason))
-        report = self._stop(ghosts, scene, also_spare={finding.pid for finding in spared})
-        _log(report, scene.logger)
-        return report + SanitizeReport(spared=tuple(spared))
+        return ghosts, spared
+
+    def _stop_again(
+        self,
+        look: Callable[[], list[Finding]],
+        scene: Scene,
+        also_spare: Collection[ProcessIdentity] = (),
+    ) -> tuple[SanitizeReport, set[ProcessIdentity]]:
+        """Stop what is found until nothing new is: the report, and all that was found.
+
+        A child that was started just before its parent ended was in no tree that was looked at.
+        """
+        report = SanitizeReport()
+        known: set[ProcessIdentity] = set()
+        for _ in range(_LOOKS):
+            ghosts = [finding for finding in look() if finding.identity not in known]
+            if not ghosts:
+                break
+            known.update(finding.identity for finding in ghosts)
+            report += self._stop(ghosts, scene, also_spare={who.pid for who in also_spare})
+            if self.dry_run or scene.why_not is not None:
+                break
+        return report, known
 
     def _stop(
         self, ghosts: list[Finding], scene: Scene, also_spare: Iterable[int] = ()
@@ -478,6 +509,10 @@ class _Look:
         if any(self.environ.get(name) != me.environ.get(name) for name in _DEVICE_VARIABLES):
             return "other visible devices"
         return me.unsure
+
+
+def _as_ghosts(survivors: Iterable[Survivor]) -> list[Finding]:
+    return [Finding(s.pid, s.create_time, s.command, "survivor", s.evidence) for s in survivors]
 
 
 def _defunct(pid: int, me: _Look) -> Finding | None:
