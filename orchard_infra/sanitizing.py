@@ -210,7 +210,8 @@ class GhostSanitizer:
                 # Its devices are not on record: a process that chose some is no twin of it.
                 reason = "same program, arguments and directory, and older than the dead run"
                 finding = attrs.evolve(finding, reason=reason)
-            if members.live_run_of(finding.pid) != run:
+            # That one live run looks like another one, or like itself, is nothing to tell.
+            if not run.is_live or members.live_run_of(finding.pid) is None:
                 found.append(finding)
         return found
 

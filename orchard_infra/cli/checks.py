@@ -281,7 +281,8 @@ def _orphans(patient: Patient) -> Finding:
         if found.ppid != parent and not processes.is_defunct(found):
             break  # somebody else has the pid by now
         time.sleep(0.01)
-    who = f"pid {parent} ({_shown(parent, 40)})"
+    adopter = processes.read_stat(parent)
+    who = f"pid {parent} ({adopter.name if adopter else 'gone since'})"
     if found is not None and processes.is_defunct(found):
         return (
             Level.WARNING,

@@ -27,7 +27,7 @@ from orchard_infra.artifacts import CleanReport, TemporaryArtifacts
 from orchard_infra.cli import output
 from orchard_infra.cli.trees import memory_of
 from orchard_infra.launch import Launch
-from orchard_infra.membership import Membership
+from orchard_infra.membership import Membership, command_of
 from orchard_infra.runs import (
     RegisteredRun,
     RunRegistry,
@@ -37,9 +37,10 @@ from orchard_infra.runs import (
 )
 from orchard_infra.sanitizing import Finding, GhostSanitizer, SanitizeReport, Scene
 
+_TOLD = {"defunct": "leader"}
 _INDENT = 10  # columns
 _LISTED = 20  # files
-_WEIGHT = ("twin", "relative", "look-alike", "defunct")  # evidence, the strongest first
+_WEIGHT = ("twin", "relative", "look-alike")  # evidence, the strongest first
 
 
 @click.command(
@@ -190,7 +191,7 @@ class House:
         files = TemporaryArtifacts().would_collect([run.record for run in gone])
         return Plan(
             ghosts=tuple(map(_weigh, survivors + twins)),
-            spared=tuple(ghost for ghost in alike if ghost not in twins),
+            spared=(*(one for one in alike if one not in twins), *_defunct_leaders(dead)),
             dead=dead,
             files=files,
             why_not=why_not,
@@ -228,13 +229,15 @@ class House:
             left = output.count(len(planned) - len(removed), "record")
             yield f"{left} kept: not everything of that run is gone", False
 
-    def _look_alikes(self, runs: Iterable[RegisteredRun], members: Membership) -> list[Ghost]:
+    def _look_alikes(self, runs: Sequence[RegisteredRun], members: Membership) -> list[Ghost]:
         """Each process once, with the strongest evidence that there is against it."""
         found: dict[int, Ghost] = {}
         for run in runs:
             argv = output.wrapped_command(run.record.argv)
             for finding in self.sanitizer.look_alikes_of(run, members, argv):
                 known = found.get(finding.pid)
+                if finding.evidence == "defunct":
+                    continue  # nobody knows what it ran: see `_defunct_leaders`
                 if known is None or _weight(finding) < _weight(known.finding):
                     found[finding.pid] = Ghost(run, finding)
         return list(found.values())
@@ -284,12 +287,13 @@ def _describe_ghosts(ghosts: Iterable[Ghost], verdict: Text, console: Console) -
         finding, record = group[0].finding, group[0].run.record
         command = output.command(finding.command.split(" "))
         yield _entry(verdict, command, output.width_of(console))
+        evidence = _TOLD.get(finding.evidence, finding.evidence)
         memory = sum(ghost.memory for ghost in group)
-        whose = f" of {record.project} (pid {record.pid})" * (finding.evidence != "defunct")
-        told = f"{finding.evidence}{whose}: {output.shorten(finding.reason, 150)}; "
-        told += "pids " if len(group) > 1 else "pid "
-        told += ", ".join(str(ghost.finding.pid) for ghost in group)
+        told = f"{evidence} of {record.project} (pid {record.pid}): "
+        told += output.shorten(finding.reason, 150)
         told += f"; {output.size(memory)}" * bool(memory)
+        told += "; pids " if len(group) > 1 else "; pid "
+        told += ", ".join(str(ghost.finding.pid) for ghost in group)
         yield from output.wrapped(console, told, indent=_INDENT, style=output.DETAIL)
 
 
@@ -342,6 +346,19 @@ def _ask(context: click.Context, plan: Plan) -> None:
     except click.Abort:
         click.echo("\nNothing was done: nobody answered. With --yes it is done unasked.", err=True)
     context.exit(1)
+
+
+def _defunct_leaders(dead: Iterable[RegisteredRun]) -> Iterator[Ghost]:
+    """Leaders that are dead and not reaped: they hold nothing but their pid."""
+    for run in dead:
+        leader = run.record.leader
+        stat = processes.read_stat(leader.pid) if run.record.is_local else None
+        if stat is None or stat.create_time != leader.create_time:
+            continue
+        if processes.is_defunct(stat):
+            why = f"dead, to be reaped by pid {stat.ppid}, {command_of(stat.ppid)}"
+            finding = Finding(leader.pid, leader.create_time, f"[{stat.name}]", "defunct", why)
+            yield Ghost(run, finding)
 
 
 def _weigh(ghost: Ghost) -> Ghost:

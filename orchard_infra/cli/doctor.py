@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -49,9 +50,11 @@ def doctor(context: click.Context, lock_file: str | None, as_json: bool) -> None
         path = None if lock_file is None else check_lock_path(lock_file, "--lock-file")
         patient = Patient(lock_file=path, environ=os.environ)
         console, progress = output.console(), output.console(stderr=True)
+        animated = output.can_redraw(progress)
         checks = []
         for name, carry_out in examine(patient):
-            with progress.status(f"checking {name}"):  # shown on a terminal only
+            shown = progress.status(f"checking {name}") if animated else contextlib.nullcontext()
+            with shown:
                 check = carry_out()
             checks.append(check)
             if not as_json:
@@ -90,8 +93,8 @@ def _show(check: Check, console: Console) -> None:
     style = _STYLES[check.level]
     indent = _LEVEL_WIDTH + _NAME_WIDTH
     first, *more = output.wrapped(console, check.text, indent=indent)
-    label = Text(f"{check.level.value:{_LEVEL_WIDTH}}", style) + Text(f"{check.name:{_NAME_WIDTH}}")
-    output.write(console, label + first[indent:])
+    level, name = f"{check.level.value:{_LEVEL_WIDTH}}", f"{check.name:{_NAME_WIDTH}}"
+    output.write(console, Text.assemble((level, style), name, first[indent:]))
     for line in more:
         output.write(console, line)
     if check.advice is not None:

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -34,9 +35,22 @@ def console(*, stderr: bool = False) -> Console:
         # Under LANG=C somebody's directory name must not end the command.
         stream.reconfigure(errors="backslashreplace")
     made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
-    if not made.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+    if not _is_tty(stream) and not os.environ.get("COLUMNS", "").isdigit():
         made.width = UNLIMITED
     return made
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether lines can be written over: on a terminal, but not on one that is only a printer.
+
+    FORCE_COLOR makes rich take a pipe for a terminal. It asks for colours, not for a spinner.
+    """
+    stream = sys.stderr if console.stderr else sys.stdout
+    return _is_tty(stream) and not console.is_dumb_terminal
+
+
+def _is_tty(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def width_of(console: Console, width: int | None = None) -> int:

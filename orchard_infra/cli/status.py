@@ -72,7 +72,7 @@ def status(as_json: bool, watch: bool, project: str | None) -> None:
             _print(survey.look(), console, as_json=as_json)
             return
         try:
-            if as_json or not console.is_terminal:
+            if as_json or not output.can_redraw(console):
                 while True:
                     _print(survey.look(), console, as_json=as_json, lines=True)
                     time.sleep(_INTERVAL)

@@ -265,7 +265,7 @@ class Stopping:
                 output.write(self.console, Text(line, output.DETAIL))
         with contextlib.ExitStack() as stack:
             status = None
-            if self.console.is_terminal:
+            if output.can_redraw(self.console):
                 status = stack.enter_context(self.console.status(Text("stopping")))
             said = 0.0
 

@@ -283,6 +283,22 @@ def test_the_processes_of_a_restarted_run_are_kept(tmp_path):
     assert is_running(second.pid)
 
 
+def test_a_leader_that_nobody_reaps_is_told_with_its_parent(tmp_path):
+    run = train(tmp_path, "digits")
+    run.kill()
+    os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)
+    verdict, evidence = verdict_on(run.pid, clean(tmp_path, "--dry-run").output)
+    assert verdict == "keep"
+    assert f"leader of digits (pid {run.pid}): dead, to be reaped by pid {os.getpid()}" in evidence
+
+
+def test_runs_that_look_alike_and_live_are_nothing_to_tell(tmp_path):
+    train(tmp_path, "digits", FORK="1")
+    queue(tmp_path, "digits")
+    wait_for_state(tmp_path, "digits", "running", "waiting")
+    assert clean(tmp_path, "--dry-run").output == "Nothing to clean up.\n"
+
+
 def test_nothing_is_stopped_on_shared_compute_and_the_evidence_stays(tmp_path):
     killed(tmp_path, "digits", FORK="1")
     killed(tmp_path, "letters")

@@ -359,7 +359,7 @@ def test_as_the_first_process_of_a_container_it_says_that_nobody_reaps(examine, 
     assert "a pid namespace of its own" in checks["container"]["text"]
     # It adopts the orphan itself, and waits for no stranger.
     assert checks["orphans"]["status"] == "warning"
-    assert "pid 1 (orchard-infra doctor" in checks["orphans"]["text"]
+    assert "pid 1 (orchard-infra)" in checks["orphans"]["text"]
     assert "--init" in checks["orphans"]["advice"]
 
 
@@ -370,7 +370,7 @@ def test_under_a_shell_as_first_process_orphans_are_reaped(tmp_path, examine, un
     assert "a pid namespace of its own" in checks["container"]["text"]
     assert checks["container"]["status"] == "ok"
     assert checks["orphans"]["status"] == "ok"
-    assert "adopted and reaped by pid 1 (bash" in checks["orphans"]["text"]
+    assert "adopted and reaped by pid 1 (bash)" in checks["orphans"]["text"]
 
 
 def test_a_proc_of_another_namespace_is_a_problem(examine, unshare):

@@ -161,6 +161,15 @@ def test_there_is_colour_in_a_terminal_and_in_no_pipe(tmp_path, in_terminal):
     assert "\x1b" not in "".join(table(tmp_path, 80))
 
 
+def test_a_pipe_that_is_to_have_colours_is_still_a_pipe(tmp_path):
+    train(tmp_path, "digits", "x" * 300)
+    script = orchard_infra(tmp_path, "status", env={"FORCE_COLOR": "1", "COLUMNS": None})
+    header, line = script.output.splitlines()
+    assert "\x1b[32mrunning" in line
+    assert "x" * 300 in line
+    assert header
+
+
 def test_no_color_is_honoured(tmp_path, in_terminal):
     train(tmp_path, "digits")
     terminal = in_terminal(COMMAND, "status", env={"NO_COLOR": "1"})
