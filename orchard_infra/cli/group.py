@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 
 import click
@@ -32,6 +33,8 @@ class _Commands(click.Group):
             return None
         command = getattr(import_module(f"orchard_infra.cli.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
+        if cmd_name != "run":  # which has more to load, and does so itself once that is done
+            gc.enable()
         return command
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import logging
 import os
 import signal
@@ -136,6 +137,7 @@ class ProtectedCommand:
     def _prepare(self, record: RunRecord, registry: RunRegistry, launch: Launch) -> FileLease:
         """The lock, and what dead runs have left."""
         why_not = None if self.settings.allow_process_kill else "--allow-process-kill is not given"
+        gc.enable()  # waiting may take days
         logger = logging.Logger("orchard-infra", logging.INFO)
         shown = WaitingHandler(self.settings.project, self.settings.lock_path, tell)
         logger.addHandler(shown)
@@ -173,6 +175,7 @@ class ProtectedCommand:
         except (OSError, ValueError) as error:
             self._conclude("not started", f"{self.command[0]}: {_why_not_started(error)}")
             return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
+        gc.enable()
         self.report["pid"] = supervisor.pid
         ending = supervisor.wait(tend, 5.0 if self._lease is None else self._lease.interval)
         self.report["command_seconds"] = round(time.monotonic() - began, 3)
