@@ -8,6 +8,7 @@ SHELL := bash
 VENV ?= .venv
 JOBS ?= 2
 KILLS ?= 10000
+SEED ?=
 # Another interpreter for test-gpu, where torch for the GPU is installed elsewhere.
 GPU_PYTHON ?= $(VENV)/bin/python
 
@@ -54,8 +55,8 @@ test-all-pythons: ## Test the built wheel under Python 3.10 to 3.13, without tor
 test-gpu: $(INSTALLED) ## Run the tests that need a GPU
 	$(GPU_PYTHON) -m pytest -m gpu
 
-chaos: $(INSTALLED) ## Break runs at random for long: KILLS=10000
-	ORCHARD_CHAOS_KILLS=$(KILLS) $(BIN)/pytest tests/chaos -m chaos --capture=no
+chaos: $(INSTALLED) ## Break runs at random for long: KILLS=10000, and SEED=n to play it again
+	ORCHARD_CHAOS_KILLS=$(KILLS) ORCHARD_CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos --capture=no
 
 bench: $(INSTALLED) ## Run every benchmark
 	for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done

@@ -1,0 +1,104 @@
+"""What the chaos tests know of processes and files, without asking the package that they test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Identity(NamedTuple):
+    """A process, told from others that had its pid: the start time is in ticks since the boot."""
+
+    pid: int
+    started: int
+
+
+def identity(pid: int) -> Identity | None:
+    """Who has this pid now; None for nobody, or for a process that is only not yet reaped."""
+    stat = _stat(pid)
+    if stat is None or (stat[0] in ("Z", "X") and stat[2] <= 1):
+        return None
+    return Identity(pid, stat[1])
+
+
+def lives(who: Identity) -> bool:
+    return identity(who.pid) == who
+
+
+def send(who: Identity, signum: int) -> bool:
+    """Signal this very process; whether it was there."""
+    try:
+        handle = os.pidfd_open(who.pid)
+    except OSError:
+        return False
+    try:
+        if not lives(who):
+            return False
+        signal.pidfd_send_signal(handle, signum)
+        return True
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+
+
+def all_identities() -> list[Identity]:
+    """The live processes of this user."""
+    found = []
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.geteuid():
+                found.append(identity(int(name)))
+        except OSError:
+            continue
+    return [who for who in found if who is not None]
+
+
+def read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError:
+        return b""
+
+
+def command_of(pid: int) -> str:
+    words = read_bytes(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace")
+    return words.strip() or read_bytes(f"/proc/{pid}/comm").decode(errors="replace").strip()
+
+
+class Journal:
+    """A file to which many processes add lines; what a killed one has written, stays."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._name = name
+
+    def write(self, event: str, **facts: Any) -> None:
+        line = {"at": time.monotonic(), "who": self._name, "event": event, **facts}
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
+
+
+def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines after ``offset``, and where they end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole, newline, _ = data.rpartition(b"\n")
+    lines = [json.loads(line) for line in whole.split(b"\n")] if newline else []
+    return lines, offset + len(whole) + len(newline)
+
+
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    """State, start time and number of threads, of proc(5)."""
+    data = read_bytes(f"/proc/{pid}/stat")
+    if not data:
+        return None
+    fields = data[data.rfind(b")") + 2 :].split()
+    return fields[0].decode(), int(fields[19]), int(fields[17])
