@@ -39,7 +39,7 @@ _ALLOWED_SKIPS = (
 
 
 @pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No rank, scheduler or run in the environment; afterwards, no process of the test."""
     for name in list(os.environ):
         if _FOREIGN.fullmatch(name):
@@ -53,7 +53,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     try:
         yield
     finally:
-        stop_everything_started(mark, before)
+        stop_everything_started(mark, tmp_path, before)
         shutil.rmtree(runtime, ignore_errors=True)
 
 

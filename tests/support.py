@@ -222,16 +222,20 @@ def wait_gone(pids: Iterable[int], timeout: float = PATIENCE) -> None:
     )
 
 
-def stop_everything_started(mark: str, before: Collection[psutil.Process] = ()) -> None:
-    """Stop what a test started and left: scripts, our descendants, and whatever carries its mark.
+def stop_everything_started(
+    mark: str, tmp_path: Path, before: Collection[psutil.Process] = ()
+) -> None:
+    """Stop what a test started and left: its scripts and our descendants, and whatever carries
+    its mark or works in its directory.
 
-    The mark finds processes whose parents are gone. A process is ours by one of these three, and
-    by nothing else. ``before``: descendants that were there before the test, such as a server
-    that a whole session shares; they stay.
+    The mark and the directory find processes whose parents are gone; the directory also those
+    that have emptied their environment. Nothing else makes a process ours. ``before``:
+    descendants that were there before the test, such as a server that a whole session shares;
+    they stay.
     """
     deadline = time.monotonic() + 10.0
     # More than once, because what is being stopped may be forking.
-    while (ours := _ours(mark, before)) and time.monotonic() < deadline:
+    while (ours := _ours(mark, tmp_path, before)) and time.monotonic() < deadline:
         for process in ours:
             try:
                 process.kill()  # psutil compares create times first
@@ -249,9 +253,13 @@ def stop_everything_started(mark: str, before: Collection[psutil.Process] = ()) 
     )
 
 
-def _ours(mark: str, before: Collection[psutil.Process]) -> list[psutil.Process]:
+def _ours(mark: str, tmp_path: Path, before: Collection[psutil.Process]) -> list[psutil.Process]:
     me = psutil.Process()
-    found = {process for process in psutil.process_iter() if _carries(process, mark)}
+    found = {
+        process
+        for process in psutil.process_iter()
+        if _carries(process, mark) or _works_in(process, tmp_path)
+    }
     found.update(me.children(recursive=True))
     found.difference_update(before)
     return [
@@ -264,6 +272,13 @@ def _ours(mark: str, before: Collection[psutil.Process]) -> list[psutil.Process]
 def _carries(process: psutil.Process, mark: str) -> bool:
     try:
         return bool(process.environ().get(TEST_MARK) == mark)
+    except (psutil.Error, OSError):
+        return False
+
+
+def _works_in(process: psutil.Process, directory: Path) -> bool:
+    try:
+        return Path(process.cwd()).is_relative_to(directory)
     except (psutil.Error, OSError):
         return False
 
