@@ -45,6 +45,7 @@ _SENT_TO_ALL_WITHIN = 0.05  # seconds
 _AGAIN_WITHIN = 10.0  # seconds from one Ctrl-C to the next that escalates
 _HINT_AFTER = 2.0  # seconds after a Ctrl-C
 _LEAVES_BY_ITSELF = 0.25  # seconds
+_LATECOMERS_GRACE = 1.0  # seconds, at the least
 _HIGH = 100  # the first descriptor that no script uses by number
 
 
@@ -174,13 +175,7 @@ class Supervisor:
                 timeout = min(timeout, 0.25)
             info = signal.sigtimedwait(awaited, max(0.0, timeout))
             if info is None:
-                now = time.monotonic()
-                if now >= self._call_at:
-                    self._call_witness()
-                if now >= next_tend:
-                    next_tend = now + interval
-                    tend()
-                self._watch_presses()
+                pass
             elif info.si_signo == signal.SIGCHLD:
                 self._reap()
             elif info.si_code > 0:  # by the kernel, and so to the whole group
@@ -189,6 +184,13 @@ class Supervisor:
                 self._renew_witness()
             else:
                 self._pass_on(info.si_signo)
+            now = time.monotonic()
+            if now >= self._call_at and self._status is None:
+                self._call_witness()
+            if now >= next_tend:
+                next_tend = now + interval
+                tend()
+            self._watch_presses()
         if self._witness is not None:
             self._witness.dismiss()
             self._witness = None
@@ -250,19 +252,24 @@ class Supervisor:
         def not_yet(pid: int) -> bool:
             return self._is_spared(pid) or _tracks_resources(pid)
 
-        def stop(who: Sequence[ProcessIdentity], spare: Callable[[int], bool]) -> StopOutcome:
+        def stop(
+            who: Sequence[ProcessIdentity], spare: Callable[[int], bool], least: float
+        ) -> StopOutcome:
+            grace = max(least, deadline - time.monotonic())
             try:
                 with self._impatient():
-                    rest = max(0.0, deadline - time.monotonic())
-                    return stop_processes(who, grace=rest, spare=spare)
+                    return stop_processes(who, grace=grace, spare=spare)
             except Interrupted as signalled:
                 self.tell(f"{signalled}: not waiting any longer")
                 return stop_processes(who, grace=0.0, spare=spare)
 
         fates: dict[ProcessIdentity, str] = {}
         # More than once: who is started meanwhile by somebody who ends, shows up here later.
-        for spared in (not_yet, *[self._is_spared] * 3):
-            outcome = stop(targets, spared)
+        for round_ in range(4):
+            if round_ == 0:
+                outcome = stop(targets, not_yet, 0.0)
+            else:
+                outcome = stop(targets, self._is_spared, _LATECOMERS_GRACE)
             self._reap()
             for fate in ("stopped", "killed", "denied", "stuck"):
                 for identity in getattr(outcome, fate):
@@ -319,6 +326,8 @@ class Supervisor:
         if self._witness is not None and self._witness.has_seen(signum):
             # For the group (kill %1, timeout) or for all of us (a scheduler, systemd): the
             # command has it. A second SIGTERM makes many programs drop what they save.
+            # timeout(1) signals its child, and then its group: by now, that is here as well.
+            signal.sigtimedwait({signum}, 0)
             self._renew_witness()
         elif signum != signal.SIGCONT or self._is_stopped():
             os.kill(self.pid, signum)  # not reaped yet, so this pid is its own
