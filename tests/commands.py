@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import time
 from collections.abc import Mapping
@@ -187,8 +186,3 @@ def without_colours(text: str) -> str:
 
 def is_first_pid_namespace() -> bool:
     return os.stat("/proc/self/ns/pid").st_ino == 0xEFFFFFFC
-
-
-def kill(pid: int) -> None:
-    """A process of the test's own."""
-    os.kill(pid, signal.SIGKILL)
