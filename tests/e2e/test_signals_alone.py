@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ class Armed:
         if late is not None and error is None:
             raise late
 """
+
+
+@pytest.fixture(autouse=True)
+def default_handlers() -> Iterator[None]:
+    """Tests that are run by nohup or in the background ignore signals, and so do their children."""
+    before = {
+        signum: signal.signal(signum, default)
+        for signum, default in (
+            (signal.SIGHUP, signal.SIG_DFL),
+            (signal.SIGINT, signal.default_int_handler),
+        )
+    }
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 def source(body: str) -> str:
@@ -336,6 +352,65 @@ def test_the_deadline_interrupts_a_call_that_blocks(tmp_path):
     )
     assert run.finish() == 129
     assert run.output.splitlines() == ["flagged", "late True", "exit RunStopped late NoneType"]
+
+
+def test_a_deadline_is_kept_also_if_its_signal_comes_right_before_a_call_blocks(tmp_path):
+    """Python looks for signals between two calls; one that comes later waits with the call."""
+    run = start(
+        tmp_path,
+        """
+        send = signal.pthread_kill
+        def missed(*args):
+            signal.pthread_kill = send
+            say("missed")
+        signal.pthread_kill = missed
+        with Armed("flag", deadline=0.01):
+            kill(signal.SIGTERM)
+            time.sleep(1000)
+        """,
+    )
+    assert run.finish() == 143
+    assert run.output.startswith("missed\n")
+
+
+def test_a_deadline_kills_nobody_who_has_put_the_default_handler_back(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        with Armed("flag", deadline=0.05) as watch:
+            kill(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(0.2)
+            say("alive")
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output.startswith("alive\n")
+
+
+def test_a_deadline_that_has_begun_to_signal_is_waited_for(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        import orchard_infra.stopping
+        orchard_infra.stopping._JOIN = 0.0
+        send, sending, ending = signal.pthread_kill, threading.Event(), threading.Event()
+        def slowly(*args):
+            sending.set()
+            ending.wait()
+            time.sleep(0.1)
+            send(*args)
+        signal.pthread_kill = slowly
+        watch = SignalStop("flag", deadline=0.0, hold_limit=0.0).arm(log)
+        kill(signal.SIGTERM)
+        sending.wait()
+        ending.set()
+        say(watch.disarm())
+        time.sleep(0.2)
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output == "stopped by SIGTERM\n"
 
 
 def test_without_a_signal_there_is_no_deadline(tmp_path):
@@ -964,6 +1039,20 @@ def test_watches_that_end_in_the_wrong_order_still_hold_and_leave_the_default(tm
     ]
 
 
+def test_of_three_watches_the_innermost_may_be_the_last(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        watches = [SignalStop().arm(log) for _ in range(3)]
+        for watch in watches:
+            watch.disarm()
+        say(signal.getsignal(signal.SIGTERM) == default)
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output == "True\n"
+
+
 # During the release
 
 
@@ -1047,6 +1136,58 @@ def test_a_release_that_hangs_is_interrupted_by_what_it_holds(tmp_path):
         "at once",
         "exit None late NoneType",
     ]
+
+
+def test_the_limit_counts_from_the_beginning_of_the_release(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        with Armed(hold_limit=0.1) as watch:
+            watch.hold()
+            kill(signal.SIGTERM)
+            while True:
+                time.sleep(0.001)
+                watch.hold()
+        """,
+    )
+    assert run.finish() == 143, run.transcript()
+
+
+def test_what_was_held_is_returned_once(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        watch = SignalStop().arm(log)
+        watch.hold()
+        kill(signal.SIGHUP)
+        kill(signal.SIGTERM)
+        say(watch.disarm())
+        say(watch.disarm())
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output.splitlines() == ["stopped by SIGHUP", "None"]
+
+
+def test_what_is_held_while_callbacks_run_interrupts_a_release_that_hangs_as_well(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        with Armed("flag", hold_limit=0.1) as watch:
+            def checkpoint(request):
+                for _ in range(20):
+                    kill(signal.SIGTERM)
+                    time.sleep(0.001)
+                say("saved")
+            watch.on_stop(checkpoint)
+            watch.request("the lock is lost")
+            watch.hold()
+            say("releasing")
+            time.sleep(1000)
+        """,
+    )
+    assert run.finish() == 143, run.transcript()
+    assert run.output.splitlines() == ["saved", "releasing", "exit RunStopped late NoneType"]
 
 
 def test_a_signal_at_any_instant_is_heard_and_ends_nobody(tmp_path):
