@@ -11,17 +11,20 @@ pool, `os.waitpid` in the user's program), and a defunct process counts as gone 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
 import select
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
 from orchard_infra import processes
+from orchard_infra.masking import uninterrupted
 from orchard_infra.processes import ProcessIdentity
 
 # A kernel, a sandbox or a limit that does not give us a pidfd. Anything else says that there is
@@ -30,10 +33,11 @@ _NO_PIDFD = frozenset(
     (errno.ENOSYS, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV)
 )
 _SIGCONT = getattr(signal, "SIGCONT", None)
+_SIGCHLD = getattr(signal, "SIGCHLD", None)
 _SIGSTOP = getattr(signal, "SIGSTOP", None)
 _SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one way to end a process
 _POLL = 0.02  # seconds between looks at processes for which there is no pidfd
-_FREEZE = 0.25  # seconds
+_FREEZE = 1.0  # seconds, at most: it takes milliseconds
 
 
 @attrs.frozen
@@ -73,8 +77,9 @@ def stop_processes(
     hunt = _Hunt(spare)
     try:
         hunt.begin(targets)
-        hunt.terminate(grace)
-        hunt.kill(kill_wait)
+        with hunt.unheard():
+            hunt.terminate(grace)
+            hunt.kill(kill_wait)
         return hunt.outcome()
     finally:
         hunt.close()
@@ -145,6 +150,25 @@ class _Hunt:
                 self.gone.append(target)
         self._add_trees(roots)
 
+    @contextlib.contextmanager
+    def unheard(self) -> Iterator[None]:
+        """While children of our own end, nobody is told (SIGCHLD).
+
+        The handler of torch's DataLoader raises when a worker is killed, out of whatever the main
+        thread is doing: here it would save the other workers, and fail a run that went well.
+        """
+        handler = signal.getsignal(_SIGCHLD) if _SIGCHLD is not None else None
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        ours = any(member.is_own_child for member in self.members.values())
+        if _SIGCHLD is None or not (callable(handler) and in_main_thread and ours):
+            yield
+            return
+        signal.signal(_SIGCHLD, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            signal.signal(_SIGCHLD, handler)
+
     def terminate(self, grace: float) -> None:
         """Ask all to end, and wait. Children that appear meanwhile are asked as well: of a fork
         in progress, or of a handler that starts a process to save its state.
@@ -169,9 +193,10 @@ class _Hunt:
         if not self._left():
             return
         self._freeze()
-        for member in self._left():
-            member.killed = True
-            member.send(_SIGKILL)
+        with uninterrupted():
+            for member in self._left():
+                member.killed = True
+                member.send(_SIGKILL)
         deadline = time.monotonic() + wait
         while self._left() and (rest := deadline - time.monotonic()) > 0:
             self._wait(rest)

@@ -37,6 +37,7 @@ def be(word, *below, stubborn=False):
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         for child in below:
             child()
         say(word)
@@ -48,6 +49,9 @@ def rest():
     while True:
         signal.pause()
 """
+
+
+IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
 def family(tmp_path: Path, source: str) -> Script:
@@ -79,6 +83,11 @@ def nobody(pid: int) -> bool:
 
 def stop(*targets: ProcessIdentity, grace: float = 30.0, kill_wait: float = 10.0) -> StopOutcome:
     return stop_processes(targets, grace=grace, spare=nobody, kill_wait=kill_wait)
+
+
+def ended(outcome: StopOutcome) -> set[ProcessIdentity]:
+    """On a busy machine one that would have ended by itself may need to be killed."""
+    return {*outcome.stopped, *outcome.killed}
 
 
 def state_of(pid: int) -> str:
@@ -125,7 +134,8 @@ class TestATree:
 
         outcome = stop(root, grace=0.1)
 
-        assert outcome == StopOutcome(stopped=(root,), killed=(child,))
+        assert child in outcome.killed
+        assert ended(outcome) == {root, child}
         assert not is_running(child.pid)
 
     def test_is_not_waited_for_longer_than_it_lives(self, tmp_path: Path) -> None:
@@ -149,25 +159,31 @@ class TestATree:
 
         outcome = stop(*named(script, "ready"), grace=0.3)
 
-        late = [identity for identity in outcome.killed if identity.pid != script.pid]
-        assert script.output.count("late") == len(late) == 1
-        assert not is_running(late[0].pid)
+        assert script.finish() == -signal.SIGKILL
+        assert "late" in script.output
+        assert len(outcome.killed) > 1
+        assert running_in(tmp_path) == []
 
     def test_asks_those_late_children_before_it_kills_them(self, tmp_path: Path) -> None:
         script = family(
             tmp_path,
             """
-            signal.signal(signal.SIGTERM, lambda *_: be("late"))
+            def save(*_):
+                # Blocked until it is as it should be: Python forgets what comes before that.
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+                be("late")
+                os.wait()
+                os._exit(0)
+
+            signal.signal(signal.SIGTERM, save)
             rest()
             """,
         )
 
-        outcome = stop(*named(script, "ready"), grace=0.3)
+        outcome = stop(*named(script, "ready"), grace=20.0)
 
-        assert [identity.pid for identity in outcome.killed] == [script.pid]
-        assert [identity.pid for identity in outcome.stopped] == [
-            int(line.split()[1]) for line in script.output.splitlines() if "late" in line
-        ]
+        assert script.finish() == 0
+        assert (len(outcome.stopped) > 1, outcome.killed) == (True, ())
 
     def test_that_forks_in_a_loop_is_stopped_whole(self, tmp_path: Path) -> None:
         script = family(
@@ -366,7 +382,7 @@ def test_one_in_uninterruptible_sleep_is_reported_and_not_waited_for(tmp_path: P
     with frozen_by_the_kernel(child.pid):
         outcome = stop(root, grace=0.1, kill_wait=0.1)
 
-        assert outcome == StopOutcome(stopped=(root,), stuck=(child,))
+        assert (ended(outcome), outcome.stuck) == ({root}, (child,))
     wait_gone([child.pid])
 
 
@@ -381,7 +397,7 @@ def test_one_that_does_not_even_end_when_killed_is_reported_and_not_waited_for(
     outcome = stop(root, grace=0.1, kill_wait=0.1)
 
     assert time.monotonic() - before < 3.0
-    assert outcome == StopOutcome(stopped=(root,), stuck=(child,))
+    assert (ended(outcome), outcome.stuck) == ({root}, (child,))
 
 
 def test_nobody_is_left_frozen_when_an_exception_comes_between(
@@ -403,6 +419,36 @@ def test_nobody_is_left_frozen_when_an_exception_comes_between(
 
     wait_until(lambda: state_of(script.pid) == "S")
     assert script.poll() is None
+
+
+def test_a_handler_for_ended_children_does_not_interrupt_it() -> None:
+    # As torch's DataLoader has one, which raises when one of its workers is killed.
+    def complain(*_: object) -> None:
+        raise RuntimeError("a worker was killed")
+
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"{IGNORE}; print(flush=True); input()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(3)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        child.stdout.readline()
+    before = signal.signal(signal.SIGCHLD, complain)
+    try:
+        outcome = stop(*(identify(child.pid) for child in children), grace=0.1)
+        handler = signal.getsignal(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+    assert [child.wait(10) for child in children] == [-signal.SIGKILL] * 3
+    assert len(outcome.killed) == 3
+    assert handler is complain
+    for child in children:
+        child.communicate()
 
 
 @pytest.mark.skipif(not LINUX, reason="needs a real subreaper")
@@ -427,13 +473,13 @@ def test_what_becomes_our_child_by_losing_its_parent_does_not_stay_defunct(tmp_p
             try:
                 print("left", os.waitpid(-1, os.WNOHANG))
             except ChildProcessError:
-                print("nothing left", len(outcome.stopped), len(outcome.killed))
+                print("nothing left of", len(outcome.stopped + outcome.killed))
             """
         ),
     )
 
     assert script.finish() == 0, script.transcript()
-    assert "nothing left 1 1" in script.output
+    assert "nothing left of 2" in script.output
 
 
 def as_nobody(call: Callable[[], T]) -> T:
