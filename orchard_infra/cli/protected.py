@@ -299,14 +299,16 @@ class _House:
 
 @attrs.define
 class _Bystanders:
-    """Processes below us that are none of the command's: other live runs, started in here.
+    """Processes below us that are none of the command's: they opted out of this run.
 
-    The runs that we are in ourselves do not count. All that we start is in them.
+    A run that was started inside this one is a part of it, as a rank of a job is, whatever its
+    project. One that was started with another run's id, or with none, is not, if it is live. The
+    runs that we are in ourselves do not count: all that we start is in them.
     """
 
     registry: RunRegistry
     run_id: str
-    _ours: set[str] | None = None
+    _outer: set[str] | None = None
 
     def describe(self, pid: int) -> str | None:
         """Why this process is a bystander; None when it is not."""
@@ -315,13 +317,18 @@ class _Bystanders:
         if processes.started_with(pid, RUN_ID_VARIABLE, ("",)) is not None:
             return f"it opted out with an empty {RUN_ID_VARIABLE}"
         runs = self.registry.runs()
-        if self._ours is None:
-            outer = Membership(runs).live_run_of(os.getppid())
-            self._ours = {
+        if self._outer is None:
+            around = Membership(runs).live_run_of(os.getppid())
+            self._outer = {
                 *self.registry.lineage(self.run_id),
-                *self.registry.lineage(outer.record.run_id if outer else None),
+                *self.registry.lineage(around.record.run_id if around else None),
             }
-        others = tuple(run for run in runs if run.record.run_id not in self._ours)
+        others = tuple(
+            run
+            for run in runs
+            if run.record.run_id not in self._outer
+            and self.run_id not in self.registry.lineage(run.record.run_id)
+        )
         run = Membership(others).live_run_of(pid) if others else None
         if run is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -46,21 +47,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def torchrun(wrapper: Wrapper, port: int, steps: str) -> Script:
+def torchrun(wrapper: Wrapper, port: int, steps: str, project: str = "digits") -> Script:
     return wrapper.start(
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(port), str(DDP), "--project", "digits", "--steps", steps),
+        *("--master-port", str(port), str(DDP), "--project", project, "--steps", steps),
         env={"OMP_NUM_THREADS": "1"},
     )
 
 
 @pytest.fixture
-def job(wrapper: Wrapper, free_port: int) -> Job:
+def job(request: pytest.FixtureRequest, wrapper: Wrapper, free_port: int) -> Job:
     """Two ranks in the middle of their training."""
     require_module("torch")
-    script = torchrun(wrapper, free_port, FOR_EVER)
-    lines = [script.wait_for(f"rank {rank} (pid") for rank in range(2)]
-    return Job(script, free_port, [int(line.split("pid ")[1].split(")")[0]) for line in lines])
+    script = torchrun(wrapper, free_port, FOR_EVER, getattr(request, "param", "digits"))
+    ranks = []
+    for rank in range(2):  # both may be on one line
+        match = re.search(rf"rank {rank} \(pid (\d+)\)", script.wait_for(f"rank {rank} (pid"))
+        assert match is not None
+        ranks.append(int(match[1]))
+    return Job(script, free_port, ranks)
 
 
 def test_a_job_that_ends_by_itself_joins_the_run(wrapper: Wrapper, free_port: int) -> None:
@@ -84,6 +89,7 @@ def test_a_signal_to_the_wrapper_ends_every_rank(job: Job, name: str) -> None:
     job.expect_nothing_left(processes)
 
 
+@pytest.mark.parametrize("job", ["digits", "a project of its own"], indirect=True)
 def test_a_killed_launcher_leaves_no_rank(job: Job) -> None:
     processes = psutil.Process(job.script.pid).children(recursive=True)
 

@@ -102,14 +102,27 @@ def test_a_daemon_that_opted_out_is_left_and_named(wrapper: Wrapper) -> None:
     os.kill(daemon_of(script), signal.SIGKILL)
 
 
-def test_a_live_run_of_another_project_is_left_and_named(wrapper: Wrapper) -> None:
-    inner = f"setsid {COMMAND} run -p other -- sh -c 'echo inner $$; exec sleep 1000'"
+def start_inner_run(wrapper: Wrapper, how: str) -> tuple[Script, int]:
+    """A run of another project that a command starts in the background; its command's pid."""
+    inner = f"{how} setsid {COMMAND} run -p other -- sh -c 'echo inner $$; exec sleep 1000'"
     outer = wrapper.start("bash", "-c", f"{inner} & read line")
     pid = int(outer.wait_for("inner").split()[1])
-
     outer.tell()
-
     assert outer.finish() == 0
+    return outer, pid
+
+
+def test_a_run_that_was_started_inside_ends_with_the_command(wrapper: Wrapper) -> None:
+    outer, pid = start_inner_run(wrapper, "")
+
+    assert not is_running(pid)
+    assert "stopping what outlived bash" in outer.error_output
+    assert wrapper.run("true", project="other").returncode == 0
+
+
+def test_a_live_run_that_is_no_part_of_this_one_is_left_and_named(wrapper: Wrapper) -> None:
+    outer, pid = start_inner_run(wrapper, "env -u ORCHARD_INFRA_RUN_ID")
+
     assert is_running(pid)
     assert "running run of project other" in outer.error_output
     assert wrapper.run("true", project="other").returncode == os.EX_TEMPFAIL
