@@ -133,10 +133,23 @@ def start(tmp_path: Path, *kinds: str) -> Run:
     return run
 
 
-def survivors(registry: RunRegistry) -> dict[int, str]:
-    runs = registry.runs()
+LOOK = """
+    import json
+    from orchard_infra.membership import Membership
+    from orchard_infra.runs import RunRegistry
+
+    runs = RunRegistry().runs()
     dead = [run for run in runs if not run.is_live]
-    return {s.pid: s.evidence for _, s in Membership(runs).survivors(dead)}
+    found = {s.pid: s.evidence for _, s in Membership(runs).survivors(dead)}
+    print("survivors", json.dumps(found), flush=True)
+"""
+
+
+def survivors(tmp_path: Path) -> dict[int, str]:
+    """What another process finds: what a test has started is no kin of that one."""
+    looker = run_python(tmp_path, LOOK, name="looker.py")
+    found = json.loads(looker.wait_for("survivors {").removeprefix("survivors "))
+    return {int(pid): evidence for pid, evidence in found.items()}
 
 
 def live_run_of(registry: RunRegistry, pid: int) -> str | None:
@@ -147,12 +160,12 @@ def live_run_of(registry: RunRegistry, pid: int) -> str | None:
 # Survivors
 
 
-def test_every_process_of_a_dead_run_is_found_with_the_proof_and_no_stranger(tmp_path, registry):
+def test_every_process_of_a_dead_run_is_found_with_the_proof_and_no_stranger(tmp_path):
     run = start(tmp_path, *MEMBERS, *STRANGERS)
     bystander = run_command(tmp_path, ["sleep", "1000"])
-    assert survivors(registry) == {}  # while the leader lives, nobody has survived it
+    assert survivors(tmp_path) == {}  # while the leader lives, nobody has survived it
     run.kill_leader()
-    found = survivors(registry)
+    found = survivors(tmp_path)
     assert found == {run.pids[kind]: evidence for kind, evidence in MEMBERS.items()}
     assert bystander.poll() is None
 
@@ -171,7 +184,7 @@ def test_executed_children_are_found_although_the_record_s_lock_is_free(tmp_path
     run = start(tmp_path, "executed")
     run.kill_leader()
     assert registry.find(run.run_id).state is RunState.DEAD
-    assert list(survivors(registry)) == [run.pids["executed"]]
+    assert list(survivors(tmp_path)) == [run.pids["executed"]]
 
 
 def test_forked_children_are_found_although_the_record_s_name_is_gone(tmp_path, registry):
@@ -182,13 +195,13 @@ def test_forked_children_are_found_although_the_record_s_name_is_gone(tmp_path, 
     assert [s.pid for _, s in Membership(()).survivors([found])] == [run.pids["forked"]]
 
 
-def test_a_survivor_that_has_ended_is_none(tmp_path, registry):
+def test_a_survivor_that_has_ended_is_none(tmp_path):
     run = start(tmp_path, "forked", "executed")
     run.kill_leader()
     for kind in ("forked", "executed"):
         os.kill(run.pids[kind], 9)
     wait_gone([run.pids["forked"], run.pids["executed"]])
-    assert survivors(registry) == {}
+    assert survivors(tmp_path) == {}
 
 
 def test_a_process_whose_pid_is_another_s_by_now_is_no_survivor(tmp_path, registry, monkeypatch):
@@ -205,8 +218,20 @@ def test_a_process_whose_pid_is_another_s_by_now_is_no_survivor(tmp_path, regist
         return None if len(asked) > 1 else found
 
     monkeypatch.setattr(processes, "started_with", once)
-    assert survivors(registry) == {}
+    runs = registry.runs()
+    assert list(Membership(runs).survivors(runs)) == []
     assert asked == [run.pids["executed"]] * 2
+
+
+def test_nobody_s_files_are_looked_at_when_nobody_holds_the_record(tmp_path, registry, monkeypatch):
+    run = start(tmp_path, "executed")
+    run.kill_leader()
+    monkeypatch.setattr(
+        processes, "has_inherited", lambda pid, files: pytest.fail("looked at every open file")
+    )
+    runs = registry.runs()
+    [(_, survivor)] = Membership(runs).survivors(runs)
+    assert survivor.pid == run.pids["executed"]
 
 
 HOLDS_OPEN = """
@@ -231,7 +256,7 @@ def test_who_has_a_dead_run_s_files_open_is_no_survivor(tmp_path, registry):
     stat = record.stat()
     wait_until(lambda: processes.has_open(pager.pid, frozenset([(stat.st_dev, stat.st_ino)])))
     run.kill_leader()
-    assert survivors(registry) == {run.pids["forked"]: "forked by the run"}
+    assert survivors(tmp_path) == {run.pids["forked"]: "forked by the run"}
 
 
 def test_a_reader_that_has_locked_a_dead_run_s_record_to_remove_it_is_no_survivor(
@@ -252,29 +277,27 @@ def test_a_reader_that_has_locked_a_dead_run_s_record_to_remove_it_is_no_survivo
     )
     collector.wait_for("locked")
     assert registry.find(run.run_id).state is RunState.SURVIVORS  # as far as one can see
-    assert survivors(registry) == {}
+    assert survivors(tmp_path) == {}
 
 
-def test_a_live_run_below_a_dead_one_is_no_survivor_and_neither_are_its_children(
-    tmp_path, registry
-):
+def test_a_live_run_below_a_dead_one_is_no_survivor_and_neither_are_its_children(tmp_path):
     outer = start(tmp_path)
     inner = run_python(tmp_path, RUN, "forked", "executed", env={RUN_ID_VARIABLE: outer.run_id})
     inner_id, pids = json.loads(inner.wait_for("run [").removeprefix("run "))
     wait_until(lambda: b"sleep" in processes.read_cmdline(pids["executed"]))
     outer.kill_leader()
-    assert survivors(registry) == {}
+    assert survivors(tmp_path) == {}
     inner.kill()
     inner.wait()
     # What is forked shows the environment that its parent was started with: by the outer run.
-    assert survivors(registry) == {
+    assert survivors(tmp_path) == {
         pids["forked"]: "started by the run",
         pids["executed"]: "started by the run",
     }
     assert inner_id != outer.run_id
 
 
-def test_we_and_ours_are_never_survivors(tmp_path, registry, monkeypatch):
+def test_we_and_ours_are_never_survivors(tmp_path):
     """Somebody starts a new run from a shell that a dead run had started."""
     run = start(tmp_path)
     run.kill_leader()
@@ -297,14 +320,14 @@ def test_we_and_ours_are_never_survivors(tmp_path, registry, monkeypatch):
 
 
 @needs_another_user
-def test_another_user_s_process_is_not_ours_although_the_run_started_it(tmp_path, registry):
+def test_another_user_s_process_is_not_ours_although_the_run_started_it(tmp_path):
     run = start(tmp_path, "executed, other user")
     pid = run.pids["executed, other user"]
     assert not is_ours(pid)
     assert pid not in own_pids()
     run.kill_leader()
     assert processes.started_with(pid, RUN_ID_VARIABLE, {run.run_id}) == run.run_id
-    assert survivors(registry) == {}
+    assert survivors(tmp_path) == {}
 
 
 @needs_another_user
@@ -424,7 +447,7 @@ def test_the_same_pid_on_another_host_is_no_leader(registry):
     registration.close()
 
 
-def test_a_pid_that_a_leader_had_before_protects_nobody(registry):
+def test_a_pid_that_a_leader_had_before_protects_nobody():
     record = describe_this_run("digits")
     former = attrs.evolve(record, create_time=record.create_time - 1)
     assert Membership((RegisteredRun(former, RunState.RUNNING),)).live_run_of(os.getpid()) is None
@@ -460,7 +483,7 @@ def test_what_a_live_run_started_is_found_wherever_it_went(tmp_path, registry):
     assert set(found) - {run.pid} == {pids[kind] for kind in MEMBERS}
 
 
-def test_without_a_record_only_what_was_executed_is_found(tmp_path, monkeypatch):
+def test_without_a_record_only_what_was_executed_is_found():
     child = subprocess.Popen(["sleep", "1000"], env=environment({RUN_ID_VARIABLE: "abc"}))
     wait_until(lambda: b"sleep" in processes.read_cmdline(child.pid))
     assert [identity.pid for identity in orphans_of(None, "abc")] == [child.pid]

@@ -467,6 +467,19 @@ def test_an_open_file_is_found_also_when_its_name_is_gone(tmp_path):
         assert processes.has_open(ME, frozenset([other])) == other
 
 
+def test_a_descriptor_that_is_closed_meanwhile_hides_no_other(tmp_path, monkeypatch):
+    really = os.stat
+
+    def look(path: str) -> os.stat_result:
+        return really("/nonexistent" if path.endswith("fd/0") else path)
+
+    with open(tmp_path / "x", "w") as x:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "stat", look)
+            found = processes.has_open(ME, frozenset([identity(x.fileno())]))
+        assert found == identity(x.fileno())
+
+
 LOCKS_AND_FORKS = """
     import fcntl, os, sys
     file = open("x", "r+")
