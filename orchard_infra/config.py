@@ -19,8 +19,17 @@ from orchard_infra.errors import ConfigurationError
 from orchard_infra.files import runtime_dir
 
 
+class _ByAttribute(type(Protocol)):  # type: ignore[misc]
+    """From Python 3.12 on isinstance() asks without `getattr`, and so finds no attribute that an
+    object makes up when asked, as OmegaConf's nodes do.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return bool(super().__instancecheck__(instance)) or hasattr(instance, "hardware")
+
+
 @runtime_checkable
-class HardwareAwareConfig(Protocol):
+class HardwareAwareConfig(Protocol, metaclass=_ByAttribute):
     """Anything with a ``hardware`` attribute.
 
     ``hardware`` exposes ``allow_process_kill: bool`` and ``lock_file_path: str | PathLike``;

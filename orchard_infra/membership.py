@@ -17,7 +17,7 @@ import attrs
 
 from orchard_infra import processes
 from orchard_infra.processes import ProcessIdentity
-from orchard_infra.runs import RUN_ID_VARIABLE, RegisteredRun, RunState, Survivor
+from orchard_infra.runs import RUN_ID_VARIABLE, RegisteredRun, RunRegistry, RunState, Survivor
 
 _Proof = TypeVar("_Proof")
 
@@ -72,6 +72,19 @@ class Membership:
             if proven is not None and not self.live_run_of(pid):
                 identity, (run, evidence) = proven
                 yield run, Survivor(pid, identity.create_time, command_of(pid), evidence)
+
+
+def has_led_a_run(pid: int, registry: RunRegistry) -> bool:
+    """Whether a process, or one above it, led a run that was released, and goes on since.
+
+    It keeps the registry's directory open. That it looks like another run is no reason to take it
+    for a ghost: it is writing its results.
+    """
+    file = registry.directory_file()
+    if file is None:
+        return False
+    files = frozenset([file])
+    return any(processes.has_open(process, files) for process in (pid, *processes.ancestors(pid)))
 
 
 def kin() -> set[int]:

@@ -14,6 +14,7 @@ environment instead (`RUN_ID_VARIABLE`); setting that to the empty string opts a
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import functools
@@ -236,6 +237,7 @@ class Registration:
             return
         try:
             if os.getpid() == self.record.pid and _identity(os.lstat(self.path)) == self._file:
+                _stay_known(self.path.parent)  # before the record goes: there is no moment between
                 self.path.unlink()
         except FileNotFoundError:
             pass
@@ -315,6 +317,13 @@ class RunRegistry:
         """Every run on record, the oldest first."""
         found = (self._look(path) for path in self._paths() if path.name.endswith(_SUFFIX))
         return tuple(sorted(filter(None, found), key=lambda run: run.record.started_at))
+
+    def directory_file(self) -> tuple[int, int] | None:
+        """Device and inode of the directory. Who has it open has led a run, and left it well."""
+        try:
+            return _identity(os.stat(self.directory))
+        except OSError:
+            return None
 
     def find(self, run_id: str) -> RegisteredRun | None:
         """The run with this id."""
@@ -399,6 +408,32 @@ def leader_is_dead(record: RunRecord) -> bool:
     if record.boot_id != processes.boot_id():
         return bool(record.boot_id)
     return record.is_local and not processes.is_alive(record.leader)
+
+
+class _OpenDirectory:
+    """A directory, open for as long as this object is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            with contextlib.suppress(OSError):  # the program may have closed every descriptor
+                os.close(self._fd)
+
+
+@functools.lru_cache(maxsize=4)
+def _stay_known(directory: Path) -> _OpenDirectory | None:
+    """Hold the registry's directory open until this process ends.
+
+    A program goes on after its block: it writes results, or starts the next run. By then it is in
+    no live run, and to a run of the same command it would look like a twin. This descriptor tells
+    it from one, see `RunRegistry.directory_file`; the kernel takes it away with the process.
+    """
+    try:
+        return _OpenDirectory(directory)
+    except OSError:
+        return None
 
 
 def lock_descriptor(fd: int, *, shared: bool = False) -> bool:

@@ -31,7 +31,15 @@ from typing import Literal, Protocol
 import attrs
 
 from orchard_infra import processes
-from orchard_infra.membership import Membership, command_of, is_ours, kin, orphans_of, own_pids
+from orchard_infra.membership import (
+    Membership,
+    command_of,
+    has_led_a_run,
+    is_ours,
+    kin,
+    orphans_of,
+    own_pids,
+)
 from orchard_infra.processes import ProcessIdentity
 from orchard_infra.programs import Program, might_be_python, parse_command, resolve
 from orchard_infra.runs import (
@@ -58,6 +66,9 @@ _DEVICE_VARIABLES = (
 # them first makes it complain of leaked semaphores.
 _MULTIPROCESSING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 _LOOKS = 5  # at what processes have started while others were stopped
+
+
+_LEFT_WELL = "its run ended well, and the program goes on"
 
 
 @attrs.frozen
@@ -184,10 +195,14 @@ class GhostSanitizer:
     def look_alikes(self, scene: Scene, members: Membership) -> list[Finding]:
         """Twins, relatives and defunct processes, with the reason for each. Only looks."""
         me = _Look.at_myself() if scene.argv is None else _Look.at(os.getpid(), scene.argv)
-        return [] if me is None else self._look_around(me, members)
+        return [] if me is None else self._look_around(me, members, scene.registry)
 
     def look_alikes_of(
-        self, run: RegisteredRun, members: Membership, argv: Sequence[str] | None = None
+        self,
+        run: RegisteredRun,
+        members: Membership,
+        registry: RunRegistry,
+        argv: Sequence[str] | None = None,
     ) -> list[Finding]:
         """Look-alikes of a run's program, seen from outside. Only looks.
 
@@ -201,7 +216,7 @@ class GhostSanitizer:
         started = time.time() - _age(run.record.leader)
         settled = min(max(2.0, 2 * (run.record.started_at - started)), 60.0)
         found = []
-        for finding in self._look_around(me, members):
+        for finding in self._look_around(me, members, registry):
             if finding.evidence == "twin" and _age(finding.identity) < settled:
                 finding = attrs.evolve(
                     finding, evidence="look-alike", reason="so young that it may register yet"
@@ -221,7 +236,7 @@ class GhostSanitizer:
         """
         return self._stop(list(ghosts), scene)
 
-    def _look_around(self, me: _Look, members: Membership) -> list[Finding]:
+    def _look_around(self, me: _Look, members: Membership, registry: RunRegistry) -> list[Finding]:
         kindred = functools.cache(kin)  # mostly there is nobody to compare it with
         found = []
         for pid in own_pids():
@@ -231,14 +246,16 @@ class GhostSanitizer:
             if not cmdline:
                 finding = _defunct(pid, me)
             elif might_be_python(cmdline):
-                finding = self._judge(pid, cmdline, me, members)
+                finding = self._judge(pid, cmdline, me, members, registry)
             else:
                 continue
             if finding is not None and finding.pid not in kindred():
                 found.append(finding)
         return found
 
-    def _judge(self, pid: int, cmdline: bytes, me: _Look, members: Membership) -> Finding | None:
+    def _judge(
+        self, pid: int, cmdline: bytes, me: _Look, members: Membership, registry: RunRegistry
+    ) -> Finding | None:
         other = _Look.at(pid, processes.split_cmdline(cmdline))
         if other is None or other.program is None or me.program is None:
             return None
@@ -254,6 +271,8 @@ class GhostSanitizer:
         if run is not None:
             state = f"{run.state.value} run of project {run.record.project}"
             return finding("look-alike", f"belongs to a {state} (pid {run.record.pid})")
+        if has_led_a_run(pid, registry):
+            return finding("look-alike", _LEFT_WELL)
         if self.spare is not None and self.spare(pid):
             return finding("look-alike", "excluded by the caller")
         difference = other.difference(me)
@@ -279,6 +298,11 @@ class GhostSanitizer:
                 run = members.live_run_of(finding.pid)
                 if run is not None:
                     reason = f"belongs to a {run.state.value} run of {run.record.project}"
+                elif has_led_a_run(finding.pid, scene.registry):
+                    reason = _LEFT_WELL  # it registered, ran and left meanwhile
+                else:
+                    reason = ""
+                if reason:
                     cleared[finding.pid] = attrs.evolve(
                         finding, evidence="look-alike", reason=reason
                     )

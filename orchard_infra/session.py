@@ -276,7 +276,12 @@ class Session:
             outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}
             dead = [run for run in dead if run.record.run_id not in outlived]
         if self.cleaner is not None:
-            self.env.report.collected = self.cleaner.collect([run.record for run in dead])
+            collected = self.cleaner.collect([run.record for run in dead])
+            self.env.report.collected = collected
+            for failure in collected.failures:
+                self.logger.warning("what a dead run left: %s", failure)
+            # A record says where its run's directory is: it stays for as long as that does.
+            dead = [run for run in dead if not os.path.lexists(run.record.tmp_dir or "")]
         for run in dead:
             registry.remove(run)
         registry.collect_unnamed()

@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol
 import attrs
 
 from orchard_infra.handlers import Takeover, is_bad_moment, takeover_of
+from orchard_infra.masking import uninterrupted
 
 _JOIN = 5.0  # seconds that the end of a watch waits for its thread
 _AGAIN = 0.1  # seconds until a signal that came at a bad moment is tried again
@@ -190,7 +191,8 @@ class SignalWatch(Takeover):
         ctrl_c = (signal.SIGINT,) if self.config.mode == "flag" else ()
         try:
             self._thread = threading.Thread(target=self._attend, name=_THREAD, daemon=True)
-            self._thread.start()
+            with uninterrupted():  # a signal that the thread took would not wake the main thread
+                self._thread.start()
             for signum in self.take_over((*self.config.signals, *ctrl_c)):
                 self.logger.debug("%s has another handler, which stays", signum.name)
         except (ValueError, RuntimeError) as error:  # RuntimeError: no thread can be started
@@ -201,8 +203,8 @@ class SignalWatch(Takeover):
 
         The release waits for them, at most ``hold_limit`` seconds. What they raise is logged.
         """
-        # The thread may have been started with all signals blocked, and so would be the children
-        # of a callback. It is called with the mask that its giver has.
+        # The thread blocks all signals, and so would the children of a callback. It is called
+        # with the mask of its giver.
         self._mail.put((callback, _signal_mask(None)))
 
     def request(self, reason: str) -> None:

@@ -504,7 +504,7 @@ def test_what_was_taken_is_given_back_when_a_later_step_of_prepare_fails(cfg, tm
     recorder, manager = recording(tmp_path, "tmp dir")
     with pytest.raises(OSError, match="tmp dir failed"):
         managed_environment(cfg, manager=manager).__enter__()
-    assert recorder.order == ["acquire", "sanitize", "tmp dir", "temporary artifacts", "lock"]
+    assert recorder.order == ["acquire", "sanitize", "tmp dir", "lock"]
     assert RunRegistry().runs() == ()
     assert "ORCHARD_INFRA_RUN_ID" not in os.environ
 

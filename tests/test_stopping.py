@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,17 @@ def test_a_watch_that_hears_nothing_says_nothing(caplog):
     assert watch.disarm() is None
     assert watch.requested is None
     assert caplog.messages == []
+
+
+def test_the_thread_of_a_watch_takes_no_signal_away_from_the_main_thread():
+    """One that it took would not interrupt a call in which the main thread waits."""
+    watch = SignalStop().arm(LOGGER)
+    thread = next(t for t in threading.enumerate() if "orchard" in t.name)
+    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
+    watch.disarm()
+    assert blocked >> (signal.SIGTERM - 1) & 1
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_many_watches_leave_nothing_behind():

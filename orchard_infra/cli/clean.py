@@ -234,7 +234,7 @@ class House:
         found: dict[int, Ghost] = {}
         for run in runs:
             argv = output.wrapped_command(run.record.argv)
-            for finding in self.sanitizer.look_alikes_of(run, members, argv):
+            for finding in self.sanitizer.look_alikes_of(run, members, self.registry, argv):
                 known = found.get(finding.pid)
                 if finding.evidence == "defunct":
                     continue  # nobody knows what it ran: see `_defunct_leaders`

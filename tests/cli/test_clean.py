@@ -11,7 +11,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from commands import (
@@ -37,8 +36,11 @@ SCRIPT = """
             time.sleep(600)
     from orchard_infra import managed_environment
     with managed_environment("digits"):
-        print("ready", flush=True)
-        sys.stdin.read()
+        if not os.environ.get("LEAVE"):
+            print("ready", flush=True)
+            sys.stdin.read()
+    print("ready", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -49,10 +51,14 @@ def script(tmp_path: Path, *arguments: str, **environ: str) -> Script:
 
 
 def ghost(tmp_path: Path, *arguments: str, **environ: str) -> Script:
-    """One that is old enough not to be taken for a run that has not registered yet."""
-    started = script(tmp_path, *arguments, GHOST="1", **environ)
-    wait_until(lambda: time.time() - psutil.Process(started.pid).create_time() > 2.2)
-    return started
+    return script(tmp_path, *arguments, GHOST="1", **environ)
+
+
+def let_them_age(tmp_path: Path) -> None:
+    """Until nobody is so young any more that it might register yet: twice as long as a run took."""
+    wait_until(
+        lambda: "so young" not in clean(tmp_path, "--dry-run").output, what="processes to age"
+    )
 
 
 def clean(tmp_path: Path, *words: str, expect: int = 0, answer: str = "", **environ: str) -> Script:
@@ -170,6 +176,7 @@ def test_a_survivor_that_ignores_sigterm_is_killed(tmp_path):
 def test_a_twin_of_a_live_run_is_stopped_and_the_run_goes_on(tmp_path):
     twin = ghost(tmp_path, "--lr", "3")
     run = script(tmp_path, "--lr", "3")
+    let_them_age(tmp_path)
     said = clean(tmp_path, "--yes").output
     verdict, evidence = verdict_on(twin.pid, said)
     assert verdict == "stop"
@@ -184,6 +191,7 @@ def test_a_twin_of_a_dead_run_that_is_older_than_it_is_stopped(tmp_path):
     run = script(tmp_path, "--lr", "3")
     run.kill()
     run.wait()
+    let_them_age(tmp_path)
     verdict, evidence = verdict_on(twin.pid, clean(tmp_path, "--yes").output)
     assert verdict == "stop"
     assert "same program, arguments and directory, and older than the dead run" in evidence
@@ -222,14 +230,21 @@ def test_what_only_looks_like_a_twin_is_kept_and_told_why(tmp_path, alive):
         assert is_running(process.pid)
 
 
-def test_a_look_alike_that_may_still_register_is_kept(tmp_path):
-    young = script(tmp_path, GHOST="1")
-    run = script(tmp_path)
+def test_a_look_alike_that_may_still_register_is_kept(tmp_path, runtime_directory):
+    young = ghost(tmp_path)
+    # This run needed twenty seconds to register. So may others that were started like it.
+    plant(
+        runtime_directory,
+        project="digits",
+        argv=[sys.executable, str(tmp_path / "train.py")],
+        cwd=str(tmp_path),
+        create_time=time.clock_gettime(time.CLOCK_BOOTTIME),
+        started_at=time.time() + 20,
+    )
     verdict, evidence = verdict_on(young.pid, clean(tmp_path, "--yes").output)
     assert verdict == "keep"
-    assert "may register yet" in evidence
+    assert "so young that it may register yet" in evidence
     assert is_running(young.pid)
-    assert is_running(run.pid)
 
 
 def test_nobody_is_the_twin_of_a_dead_run_with_a_relative_script(tmp_path, runtime_directory):
@@ -239,7 +254,6 @@ def test_nobody_is_the_twin_of_a_dead_run_with_a_relative_script(tmp_path, runti
         tmp_path, [sys.executable, "train.py"], env={"GHOST": "1", "PWD": str(tmp_path)}
     )
     look_alike.wait_for("ready")
-    wait_until(lambda: time.time() - psutil.Process(look_alike.pid).create_time() > 2.2)
     started = time.clock_gettime(time.CLOCK_BOOTTIME)
     plant(
         runtime_directory,
@@ -249,6 +263,7 @@ def test_nobody_is_the_twin_of_a_dead_run_with_a_relative_script(tmp_path, runti
         create_time=started,
         started_at=time.time(),
     )
+    let_them_age(tmp_path)
     verdict, evidence = verdict_on(look_alike.pid, clean(tmp_path, "--yes").output)
     assert verdict == "keep"
     assert "nobody knows in which directory the dead run was started" in evidence
@@ -281,6 +296,16 @@ def test_the_processes_of_a_restarted_run_are_kept(tmp_path):
     said = clean(tmp_path, "--yes").output
     assert "stop " not in said
     assert is_running(second.pid)
+
+
+def test_who_goes_on_after_its_run_is_no_twin_of_the_next(tmp_path):
+    writing = script(tmp_path, LEAVE="1")
+    script(tmp_path)
+    let_them_age(tmp_path)
+    verdict, evidence = verdict_on(writing.pid, clean(tmp_path, "--yes").output)
+    assert verdict == "keep"
+    assert "its run ended well" in evidence
+    assert is_running(writing.pid)
 
 
 def test_a_leader_that_nobody_reaps_is_told_with_its_parent(tmp_path):

@@ -220,6 +220,41 @@ def test_a_live_run_of_another_project_is_sacred_although_it_is_a_twin(tmp_path)
     assert is_running(first.pid)
 
 
+AFTERWARDS = """
+    import sys
+    from pathlib import Path
+    from orchard_infra import EnvironmentConfig, FileLock, InfrastructureManager
+    from orchard_infra import managed_environment
+
+    manager = InfrastructureManager(locker=FileLock(timeout=None))
+    with managed_environment(EnvironmentConfig("digits", allow_process_kill=True), manager=manager):
+        print("in", flush=True)
+        sys.stdin.readline()
+    print("after", flush=True)
+    sys.stdin.readline()
+    print("results written", flush=True)
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waiting meanwhile", "started later"])
+def test_a_run_that_has_left_its_block_and_goes_on_is_no_ghost(tmp_path, runtime_directory, waits):
+    """It still writes its results: same command line, older, and in no live run any more."""
+    first = run_python(tmp_path, AFTERWARDS, name="after.py")
+    first.wait_for("in")
+    if waits:
+        second = run_python(tmp_path, AFTERWARDS, name="after.py")
+        wait_until(lambda: len(list((runtime_directory / "runs").glob("*.run"))) == 2)
+    first.tell()
+    first.wait_for("after")
+    if not waits:
+        second = run_python(tmp_path, AFTERWARDS, name="after.py")
+    second.wait_for("in")
+    assert is_running(first.pid)
+    first.tell()
+    assert first.finish() == 0, first.transcript()
+    assert "results written" in first.output
+
+
 def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
     (tmp_path / "x").touch()
     for _ in range(3):

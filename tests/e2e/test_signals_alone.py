@@ -28,6 +28,10 @@ def say(*words):
 def kill(signum):
     os.kill(os.getpid(), signum)
 
+def wait():
+    while True:  # a signal that comes right before a call blocks is seen after it
+        time.sleep(0.01)
+
 def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -82,7 +86,7 @@ def test_a_signal_unwinds_the_main_thread_and_the_shell_sees_which_it_was(tmp_pa
                 say("pid", os.getpid())
                 while True:
                     try:
-                        time.sleep(1000)
+                        time.sleep(0.01)
                     except Exception:
                         say("swallowed")
             finally:
@@ -249,7 +253,8 @@ def test_asyncio_lets_it_through(tmp_path):
         async def main():
             try:
                 say("in")
-                await asyncio.sleep(1000)
+                while True:
+                    await asyncio.sleep(0.01)
             finally:
                 say("cancelled")
         with Armed():
@@ -787,7 +792,7 @@ def test_a_forked_child_has_the_handlers_of_before(tmp_path, mode, forked_in):
                 if not pid:
                     try:
                         os.write(tell, b"x")
-                        time.sleep(1000)
+                        wait()
                     except KeyboardInterrupt:
                         os._exit(130)
                     finally:
@@ -841,7 +846,7 @@ def test_a_child_of_a_fork_that_python_did_not_see_has_the_handlers_of_before(tm
             if not pid:
                 try:
                     os.write(tell, b"x")
-                    time.sleep(1000)
+                    wait()
                 finally:
                     os._exit(1)
             os.read(ready, 1)
