@@ -615,6 +615,7 @@ class Arena:
         figure.violations += round_.violations
         if round_.violations:
             self._stories.append(round_.story())
+            print(self._stories[-1], flush=True)  # now, for who watches a long run
         else:
             shutil.rmtree(round_.directory)
 

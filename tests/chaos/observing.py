@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_EXITING = 0x4  # PF_EXITING of the kernel's flags
+
 
 class Identity(NamedTuple):
     """A process, told from others that had its pid: the start time is in ticks since the boot."""
@@ -18,11 +20,18 @@ class Identity(NamedTuple):
 
 
 def identity(pid: int) -> Identity | None:
-    """Who has this pid now; None for nobody, or for a process that is only not yet reaped."""
-    stat = _stat(pid)
-    if stat is None or (stat[0] in ("Z", "X") and stat[2] <= 1):
+    """Who has this pid now; None for nobody, and for a process that runs no more code.
+
+    On a busy machine a killed process is on its way out for a while: its files are closed, and
+    their locks free, before it shows as defunct.
+    """
+    fields = _stat(pid)
+    if fields is None:
         return None
-    return Identity(pid, stat[1])
+    state, flags, threads, started = fields[0], int(fields[6]), int(fields[17]), int(fields[19])
+    if flags & _EXITING or (state in (b"Z", b"X") and threads <= 1):
+        return None
+    return Identity(pid, started)
 
 
 def lives(who: Identity) -> bool:
@@ -95,10 +104,7 @@ def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int
     return lines, offset + len(whole) + len(newline)
 
 
-def _stat(pid: int) -> tuple[str, int, int] | None:
-    """State, start time and number of threads, of proc(5)."""
+def _stat(pid: int) -> list[bytes] | None:
+    """The fields of /proc/PID/stat after the name, see proc(5): the state is the first."""
     data = read_bytes(f"/proc/{pid}/stat")
-    if not data:
-        return None
-    fields = data[data.rfind(b")") + 2 :].split()
-    return fields[0].decode(), int(fields[19]), int(fields[17])
+    return data[data.rfind(b")") + 2 :].split() or None

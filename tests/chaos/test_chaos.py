@@ -83,6 +83,17 @@ def test_a_run_can_be_hit_at_every_boundary_while_it_clears_up_after_a_dead_one(
     arena.assert_no_violation()
 
 
+@pytest.mark.parametrize("ending", ["normal", "_exit"])
+def test_children_that_start_while_others_are_being_stopped_are_found(arena, ending):
+    """Of a parent that has just ended, they are in no tree that was looked at."""
+    restless = ("exec-spawner",) * 3
+    arena.play(
+        arena.new_round(0, [Contender("run", "a", children=restless, body=0.2, ending=ending)])
+        for _ in range(12)
+    )
+    arena.assert_no_violation()
+
+
 def test_runs_can_be_hit_at_any_instant(arena, extent, request):
     boundaries = sorted(
         {*boundaries_of(arena, lone_run()), *boundaries_of(arena, run_after_a_killed_one())}
