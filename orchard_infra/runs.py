@@ -415,10 +415,12 @@ class _OpenDirectory:
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._file = _identity(os.fstat(self._fd))
 
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            with contextlib.suppress(OSError):  # the program may have closed every descriptor
+        with contextlib.suppress(AttributeError, OSError):
+            # The program may have closed every descriptor, and have another file there by now.
+            if _identity(os.fstat(self._fd)) == self._file:
                 os.close(self._fd)
 
 

@@ -375,7 +375,7 @@ class GhostSanitizer:
             environ = processes.read_environ(pid) or {}
             if run is not None:
                 reason = f"leads or belongs to a live run of {run.record.project}"
-            elif environ.get(RUN_ID_VARIABLE) == "":
+            elif _opted_out(pid):
                 reason = f"opted out with an empty {RUN_ID_VARIABLE}"
             elif shares_process and environ.get(RUN_ID_VARIABLE) != scene.record.run_id:
                 reason = "may belong to another run of this process"
@@ -428,6 +428,7 @@ class GhostSanitizer:
                 pid in untouchable
                 or not is_ours(pid)
                 or members.live_run_of(pid) is not None
+                or _opted_out(pid)  # also below a process that is stopped
                 or (self.spare is not None and self.spare(pid))
             )
 
@@ -553,6 +554,11 @@ def _defunct(pid: int, me: _Look) -> Finding | None:
         f"to be reaped by pid {stat.ppid}: {command_of(stat.ppid)}",
         parent=stat.ppid,
     )
+
+
+def _opted_out(pid: int) -> bool:
+    """Whether it was started with an empty run id: a daemon that is to outlive the run."""
+    return (processes.read_environ(pid) or {}).get(RUN_ID_VARIABLE) == ""
 
 
 def _serves_multiprocessing(pid: int) -> bool:

@@ -236,12 +236,15 @@ class FileLease:
     record: RunRecord
     interval: float
     _fd: int
+    _file: tuple[int, int]  # device and inode
     _stays: bool  # on a network file system
 
     @classmethod
     def take(cls, path: Path, fd: int, record: RunRecord, interval: float) -> FileLease:
         """Sign a lock that has just been taken; undone when that fails."""
-        lease = cls(path, record, interval, fd, _is_on_network(fd))
+        stat = os.fstat(fd)
+        file = stat.st_dev, stat.st_ino
+        lease = cls(path, record, interval, fd, file, _is_on_network(fd))
         try:
             files.write_whole(fd, to_json(record))
         except BaseException as error:
@@ -262,6 +265,12 @@ class FileLease:
         """See `Lease.verify`. The file must still be there, and be the same one."""
         if self._fd < 0:
             raise LockLostError(f"the lock {self.path} was released", lock_path=str(self.path))
+        if not self._is_open():
+            raise LockLostError(
+                f"the descriptor of the lock {self.path} was closed by this program, and the lock "
+                "went free with it; another run may have started. Leave open what it did not open",
+                lock_path=str(self.path),
+            )
         if not files.same_file(self._fd, self.path):
             raise LockLostError(
                 f"the lock {self.path} was removed or replaced while this run held it; another "
@@ -292,7 +301,10 @@ class FileLease:
         """
         if self._fd < 0:
             return
+        is_open = self._is_open()
         fd, self._fd = self._fd, -1
+        if not is_open:
+            return  # the lock went with it, and what is at its path may be another run's by now
         try:
             # A forked child has the descriptor, too. What it holds is its parent's.
             if os.getpid() == self.record.pid and files.same_file(fd, self.path):
@@ -305,6 +317,14 @@ class FileLease:
                 # By closing alone it would stay locked while a forked child has the descriptor.
                 unlock_descriptor(fd)
             os.close(fd)
+
+    def _is_open(self) -> bool:
+        """A program may close every descriptor; then the number is soon some other file's."""
+        try:
+            stat = os.fstat(self._fd)
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == self._file
 
 
 def _clear(holder: RunRecord, path: Path, clear_dead: ClearDead) -> None:

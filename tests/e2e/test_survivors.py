@@ -231,6 +231,34 @@ def test_a_record_from_another_boot_is_no_obstacle(tmp_path, runtime_directory):
     assert len(list((runtime_directory / "runs").iterdir())) == 1
 
 
+def test_a_daemon_that_opted_out_is_spared_below_a_survivor_that_is_stopped(tmp_path):
+    source = """
+        import os, subprocess, sys
+        from orchard_infra import EnvironmentConfig, managed_environment
+        NEST = (
+            "import os, subprocess, time;"
+            "os.environ['ORCHARD_INFRA_RUN_ID'] = '';"
+            "daemon = subprocess.Popen(['sleep', '1000']);"
+            "print('daemon', daemon.pid, flush=True); time.sleep(1000)"
+        )
+        with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)):
+            print("in", flush=True)
+            if len(sys.argv) > 1:
+                child = subprocess.Popen([sys.executable, "-c", NEST])
+                print("child", child.pid, flush=True)
+                sys.stdin.readline()
+        """
+    run = run_python(tmp_path, source, "nest", name="nest.py")
+    child = int(run.wait_for("child").split()[1])
+    daemon = int(run.wait_for("daemon").split()[1])
+    run.kill()
+    run.finish()
+    after = run_python(tmp_path, tmp_path / "nest.py")
+    after.wait_for("in")
+    wait_gone([child])
+    assert is_running(daemon)
+
+
 LEFT = {"fork", "exec", "exec-setsid", "double-fork"}
 
 

@@ -462,6 +462,19 @@ def test_a_record_with_escapes_reaches_no_terminal(tmp_path):
     lease.release()
 
 
+def test_a_program_that_closes_every_descriptor_loses_the_lock_and_no_file_of_its_own(tmp_path):
+    """A daemon does. The number of the lock's descriptor is soon another file's."""
+    lease = take(tmp_path / "x.lock")
+    os.close(lease._fd)
+    with open(tmp_path / "results", "w") as results:
+        assert results.fileno() == lease._fd
+        with pytest.raises(LockLostError, match="closed by this program"):
+            lease.verify()
+        lease.release()
+        results.write("three days")
+    assert (tmp_path / "results").read_text() == "three days"
+
+
 @pytest.mark.parametrize("timeout", [-1, float("nan"), "soon", True])
 def test_a_timeout_that_is_none_is_refused(timeout):
     with pytest.raises(ValueError, match="timeout must be"):
