@@ -28,7 +28,7 @@ if __name__ == "__main__":  # started by exec
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chaos.boundaries import Boundaries
-from chaos.observing import Identity, Journal, identity, lives, read_bytes, read_journal
+from chaos.observing import Identity, Journal, has_gone, identity, lives, read_bytes, read_journal
 from orchard_infra import (
     EnvironmentConfig,
     EnvironmentLockedError,
@@ -42,6 +42,7 @@ from orchard_infra import (
     managed_environment,
 )
 from orchard_infra.locks.file import FileLease
+from orchard_infra.stopping import SignalWatch
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -81,8 +82,9 @@ class Contender:
         self.project: str = plan["project"]
         self.journal = Journal(self.directory / "journal", plan["name"])
         self.boundaries = Boundaries(self.journal, plan["boundary"], trace=plan["trace"])
+        self.is_releasing: bool | None = None  # None: has not entered
         self.marker = self.directory / f"{self.project}.holder"
-        self.former: list[dict[str, Any]] = []  # who held the lock before, and had ended by then
+        self.former: list[dict[str, Any]] = []  # who held the lock before, and had gone by then
         random.seed(plan["name"])
         # Both survive what a killed parent cannot write down: the name in forked children, the
         # variable in those started by exec. Neither is what the package looks at.
@@ -108,9 +110,9 @@ class Contender:
         except BaseException:
             self.journal.write("unexpected", traceback=traceback.format_exc())
         finally:
-            # Before anything can be held there, the exit hook is what releases the environment.
-            is_before = (self.plan["boundary"] or {}).get("boundary") == "before Session.close"
-            if os.getpid() == self.pid and not is_before:
+            # Python can be interrupted between the last line of a block and its `__exit__`. It is
+            # the exit hook that releases the environment then.
+            if os.getpid() == self.pid and self.is_releasing in (None, True):
                 self._check_own_process()
         return status
 
@@ -124,6 +126,7 @@ class Contender:
         )
         cfg = EnvironmentConfig(self.project, allow_process_kill=True)
         with managed_environment(cfg, manager=manager, logger=logger) as env:
+            self.is_releasing = False
             self.journal.write("in", run_id=env.run.run_id)
             self._check_former_holders()
             (env.tmp_dir / "half-written").write_bytes(b"x" * 100)
@@ -159,10 +162,11 @@ class Contender:
     # The children of a run.
 
     def _start(self, kind: str) -> None:
+        sleep = ["sleep", str(1000 + self.plan["body"])]
         commands = {
-            "exec": ["sleep", "1000"],
-            "exec-setsid": ["sleep", "1000"],
-            "opted-out": ["sleep", "1000"],
+            "exec": sleep,
+            "exec-setsid": sleep,
+            "opted-out": sleep,
             "exec-tree": ["sh", "-c", "sleep 1000 & sleep 1000 & wait"],
             "exec-stubborn": ["sh", "-c", "trap '' TERM INT HUP; while :; do sleep 1; done"],
             "exec-spawner": ["sh", "-c", "while :; do setsid sleep 100 & sleep 0.04; done"],
@@ -218,7 +222,7 @@ class Contender:
     def _watch_the_lock(self) -> None:
         """Claim an exclusive marker from the end of `acquire` to the beginning of `release`."""
         acquire, release = FileLock.acquire, FileLease.release
-        register = RunRegistry.register
+        register, hold = RunRegistry.register, SignalWatch.hold
 
         @functools.wraps(acquire)
         def claiming(*args: Any, **kwargs: Any) -> Any:
@@ -243,6 +247,13 @@ class Contender:
             self.journal.write("registering", run_id=record.run_id, tmp_dir=record.tmp_dir)
             return register(registry, record)
 
+        @functools.wraps(hold)
+        def beginning(watch: SignalWatch) -> None:
+            if self.is_releasing is False:
+                self.is_releasing = True
+            hold(watch)
+
+        SignalWatch.hold = beginning  # type: ignore[method-assign]
         FileLock.acquire = claiming  # type: ignore[method-assign]
         FileLease.release = dropping  # type: ignore[method-assign]
         RunRegistry.register = noting  # type: ignore[method-assign]
@@ -263,8 +274,8 @@ class Contender:
         draft.unlink()
         holders = self.directory / f"{self.project}.holders"
         for holder in read_journal(holders)[0]:
-            ended = not lives(Identity(holder["pid"], holder["started"]))
-            self.former.append({**holder, "ended": ended})
+            gone = has_gone(Identity(holder["pid"], holder["started"]))
+            self.former.append({**holder, "gone": gone})
         Journal(holders, self.plan["name"]).write(
             "holder",
             pid=self.pid,
@@ -296,7 +307,7 @@ class Contender:
             if line["kind"] != "opted-out" and lives(child):
                 self._violation(f"a process ({line['kind']}) of {line['who']} is left: {child}")
         for name, holder in former.items():
-            if not holder["ended"]:
+            if not holder["gone"]:
                 continue  # it gives the lock back before it leaves the registry
             left = [Path(os.environ["ORCHARD_INFRA_DIR"], "runs", f"{holder['run_id']}.run")]
             left.append(Path(holder["tmp_dir"]))

@@ -20,22 +20,26 @@ class Identity(NamedTuple):
 
 
 def identity(pid: int) -> Identity | None:
-    """Who has this pid now; None for nobody, and for a process that runs no more code.
-
-    On a busy machine a killed process is on its way out for a while: its files are closed, and
-    their locks free, before it shows as defunct.
-    """
+    """Who has this pid now; None for nobody, and for a process that is only not yet reaped."""
     fields = _stat(pid)
-    if fields is None:
+    if fields is None or (fields[0] in (b"Z", b"X") and int(fields[17]) <= 1):
         return None
-    state, flags, threads, started = fields[0], int(fields[6]), int(fields[17]), int(fields[19])
-    if flags & _EXITING or (state in (b"Z", b"X") and threads <= 1):
-        return None
-    return Identity(pid, started)
+    return Identity(pid, int(fields[19]))
 
 
 def lives(who: Identity) -> bool:
-    return identity(who.pid) == who
+    """Whether this process still runs code of its own.
+
+    On a busy machine a killed one is on its way out for a while: some of its files are closed,
+    and their locks free, before it shows as defunct. See `has_gone`.
+    """
+    fields = _stat(who.pid)
+    return identity(who.pid) == who and fields is not None and not int(fields[6]) & _EXITING
+
+
+def has_gone(who: Identity) -> bool:
+    """Whether everything that this process held has been given back."""
+    return identity(who.pid) != who
 
 
 def send(who: Identity, signum: int) -> bool:
