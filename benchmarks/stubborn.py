@@ -67,7 +67,7 @@ def _psutils(number: int, grace: float) -> float:
         _, alive = psutil.wait_procs(found, timeout=grace)
         for process in alive:
             process.kill()
-        psutil.wait_procs(alive, timeout=grace)
+        psutil.wait_procs(alive, timeout=30.0)  # what a busy machine takes is measured, not failed
 
     return _time_to_end(stop, number) - grace
 

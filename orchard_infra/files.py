@@ -57,10 +57,13 @@ def private_directory(path: Path) -> Path:
     """
     try:
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except FileExistsError:
-            pass  # here, or further up: what it is, and whether it is here, is seen next
-        found = os.lstat(path)
+            found = os.lstat(path)
+        except FileNotFoundError:
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except FileExistsError:
+                pass  # here, or further up: what it is, and whether it is here, is seen next
+            found = os.lstat(path)
     except OSError as error:
         raise InfrastructureError(
             f"cannot make the directory {path}: {error.strerror}. "
@@ -139,7 +142,8 @@ def write_whole(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-    os.ftruncate(fd, len(data))
+    if os.fstat(fd).st_size > len(data):  # five times as fast as cutting off nothing
+        os.ftruncate(fd, len(data))
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,9 +9,10 @@ inherited the very description that the leader locked.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import attrs
 
@@ -20,6 +21,11 @@ from orchard_infra.processes import ProcessIdentity
 from orchard_infra.runs import RUN_ID_VARIABLE, RegisteredRun, RunRegistry, RunState, Survivor
 
 _Proof = TypeVar("_Proof")
+_Live: TypeAlias = tuple[
+    dict[str, RegisteredRun],  # by id
+    dict[ProcessIdentity, RegisteredRun],  # by leader
+    dict[tuple[int, int], RegisteredRun],  # by record file
+]
 
 
 @attrs.frozen
@@ -33,11 +39,9 @@ class Membership:
 
         Its ancestors are asked as well: a child with a cleaned environment still belongs.
         """
-        live = {run.record.run_id: run for run in self.runs if run.is_live}
+        live, leaders, files = self._live
         if not live:
             return None
-        leaders = {run.record.leader: run for run in live.values() if run.record.is_local}
-        files = {run.file: run for run in live.values()}
         for member in (pid, *processes.ancestors(pid)):
             identity = processes.identity_of(member)
             if identity in leaders:
@@ -49,6 +53,12 @@ class Membership:
             if file is not None:
                 return files[file]
         return None
+
+    @functools.cached_property  # asked for once for each suspect, of which a sweep has many
+    def _live(self) -> _Live:
+        live = {run.record.run_id: run for run in self.runs if run.is_live}
+        leaders = {run.record.leader: run for run in live.values() if run.record.is_local}
+        return live, leaders, {run.file: run for run in live.values()}
 
     def survivors(self, dead: Iterable[RegisteredRun]) -> Iterator[tuple[RegisteredRun, Survivor]]:
         """The live processes of runs whose leader is dead, with what proves it."""
@@ -130,8 +140,12 @@ def command_of(pid: int) -> str:
     return f"[{stat.name}]" if stat else "(gone)"
 
 
-def orphans_of(run: RegisteredRun | None, run_id: str) -> Iterator[ProcessIdentity]:
+def orphans_of(
+    run: RegisteredRun | None, run_id: str, pids: Iterable[int] | None = None
+) -> Iterator[ProcessIdentity]:
     """Processes of a live run of our own that are not below it any more: double forks, setsid.
+
+    ``pids`` are those to look at, where that is known: who started before the run is none of it.
 
     Those started by exec carry its id. The others are forks of this very process, and so show
     its own initial environment, or none where their title was rewritten: only they are asked
@@ -150,7 +164,7 @@ def orphans_of(run: RegisteredRun | None, run_id: str) -> Iterator[ProcessIdenti
         forked = environ == own or not environ.strip(b"\0")
         return True if forked and files and processes.has_inherited(pid, files) else None
 
-    for pid in own_pids():
+    for pid in own_pids() if pids is None else pids:
         proven = _proven(pid, belongs)
         if proven is not None:
             yield proven[0]

@@ -58,7 +58,7 @@ def read_stat(pid: int) -> Stat | None:
     # The name may hold spaces and parentheses: count from the last parenthesis.
     name_end = data.rfind(b")")
     name = data[data.find(b"(") + 1 : name_end].decode(errors="replace")
-    fields = data[name_end + 2 :].split()
+    fields = data[name_end + 2 :].split(None, 20)
     return Stat(name, fields[0].decode(), int(fields[1]), int(fields[19]) / _TICKS, int(fields[17]))
 
 
@@ -232,18 +232,41 @@ def descendants(roots: Iterable[int]) -> dict[int, ProcessIdentity]:
     Read from one scan of all parents. The per-process list of children in proc(5) is cheaper,
     but may miss a child while another one exits, and who is missed here may be shot later.
     """
-    children: dict[int, list[ProcessIdentity]] = {}
+    return below(roots, parents())
+
+
+def parents() -> dict[int, tuple[int, float]]:
+    """The parent and the create time of every live process, by pid: one look at each."""
+    found: dict[int, tuple[int, float]] = {}
     for pid in all_pids():
-        stat = read_stat(pid)
-        if stat is not None and not is_defunct(stat):
-            children.setdefault(stat.ppid, []).append(ProcessIdentity(pid, stat.create_time))
+        if not _LINUX:
+            stat = _psutil_stat(pid)
+            if stat is not None and not is_defunct(stat):
+                found[pid] = stat.ppid, stat.create_time
+            continue
+        # As `read_stat` does, without an object for each: this is what a release waits for.
+        data = _read(f"/proc/{pid}/stat")
+        if data is not None:
+            fields = data[data.rfind(b")") + 2 :].split(None, 20)
+            if fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
+                found[pid] = int(fields[1]), int(fields[19]) / _TICKS
+    return found
+
+
+def below(
+    roots: Iterable[int], parents: Mapping[int, tuple[int, float]]
+) -> dict[int, ProcessIdentity]:
+    """What `descendants` finds, from a scan that was made before."""
+    children: dict[int, list[int]] = {}
+    for pid, (ppid, _) in parents.items():
+        children.setdefault(ppid, []).append(pid)
     found: dict[int, ProcessIdentity] = {}
     pending = list(roots)
     while pending:
         for child in children.get(pending.pop(), ()):
-            if child.pid not in found:
-                found[child.pid] = child
-                pending.append(child.pid)
+            if child not in found:
+                found[child] = ProcessIdentity(child, parents[child][1])
+                pending.append(child)
     return found
 
 

@@ -24,6 +24,9 @@ _INTERPRETER = re.compile(
     r"(?:[Pp]ythonw?|pypy)(?:\d+(?:\.\d+)*)?[dmtu]{0,3}(?:-dbg|-intel64)?(?:\.exe)?"
 )
 
+# The same at the start of a raw command line.
+_RAW_INTERPRETER = re.compile(rb"(?:[^\0]*[/\\])?" + _INTERPRETER.pattern.encode() + rb"(?:\0|\Z)")
+
 _VERSION = re.compile(r"-?\d[\d.]*\Z")
 
 # Short options without an argument that leave a program to run; the union over 3.10 to 3.14, see
@@ -92,7 +95,7 @@ def might_be_python(cmdline: bytes) -> bool:
     There is no such first look for a certain script. Its name need not occur in the command line
     of who runs it, since the operand may be a symlink, or a directory.
     """
-    return _is_interpreter(os.fsdecode(cmdline.partition(b"\0")[0]))
+    return _RAW_INTERPRETER.match(cmdline) is not None
 
 
 def parse_program(argv: Sequence[str], cwd: str | None) -> Program | None:

@@ -313,9 +313,11 @@ class RunRegistry:
             else:
                 return Registration(record, path, fd, _identity(os.fstat(fd)))
 
-    def runs(self) -> tuple[RegisteredRun, ...]:
-        """Every run on record, the oldest first."""
-        found = (self._look(path) for path in self._paths() if path.name.endswith(_SUFFIX))
+    def runs(self, *, without: str | None = None) -> tuple[RegisteredRun, ...]:
+        """Every run on record, the oldest first; one can be left out by its id."""
+        own = f"{without}{_SUFFIX}"
+        paths = (path for path in self._paths() if path.name.endswith(_SUFFIX))
+        found = (self._look(path) for path in paths if path.name != own)
         return tuple(sorted(filter(None, found), key=lambda run: run.record.started_at))
 
     def directory_file(self) -> tuple[int, int] | None:
@@ -533,11 +535,15 @@ def _lock_past_readers(fd: int) -> bool:
 def _encode(record: RunRecord, state: RunState) -> bytes:
     """A record as it is written. One that cannot be read back would hide a live run."""
     try:
-        data = to_json(record, state)
-        from_json(data)
+        _check_readable(record)
+        return to_json(record, state)
     except (TypeError, ValueError) as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error
-    return data
+
+
+@functools.lru_cache(maxsize=8)
+def _check_readable(record: RunRecord) -> None:
+    from_json(to_json(record, RunState.SURVIVORS))  # the state with the longest name
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:
@@ -546,6 +552,9 @@ def _identity(stat: os.stat_result) -> tuple[int, int]:
 
 def _clip(words: Iterable[str], limit: int = 4096) -> tuple[str, ...]:
     """As many words as fit into ``limit`` bytes of JSON, and a part of the next."""
+    words = tuple(words)
+    if len(json.dumps(words)) <= limit:  # mostly: a fraction of the time
+        return words
     kept: list[str] = []
     for word in words:
         kept.append(_cut(word, limit))

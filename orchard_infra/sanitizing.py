@@ -256,7 +256,8 @@ class GhostSanitizer:
     def _judge(
         self, pid: int, cmdline: bytes, me: _Look, members: Membership, registry: RunRegistry
     ) -> Finding | None:
-        other = _Look.at(pid, processes.split_cmdline(cmdline))
+        argv = processes.split_cmdline(cmdline)
+        other = _Look.at(pid, argv) if me.may_be_run_by(pid, argv) else None
         if other is None or other.program is None or me.program is None:
             return None
         if (other.program.kind, other.program.target) != (me.program.kind, me.program.target):
@@ -353,12 +354,14 @@ class GhostSanitizer:
         own = scene.registry.find(scene.record.run_id)
         me = os.getpid()
         above = {me, *processes.ancestors(me)}
+        parents = processes.parents()
         found = {
             identity
-            for identity in processes.descendants([me]).values()
+            for identity in processes.below([me], parents).values()
             if identity not in scene.before and identity.create_time >= scene.began
         }
-        found.update(orphans_of(own, scene.record.run_id))
+        started = [pid for pid, (_, create_time) in parents.items() if create_time >= scene.began]
+        found.update(orphans_of(own, scene.record.run_id, started))
         ghosts, spared = [], []
         runs = scene.registry.runs()
         others = Membership(tuple(r for r in runs if r.record.leader != scene.record.leader))
@@ -515,6 +518,15 @@ class _Look:
             unsure="" if absolute else "nobody knows in which directory the dead run was started",
         )
 
+    def may_be_run_by(self, pid: int, argv: Sequence[str]) -> bool:
+        """A first look by one stat(2): the same module, or a path that leads to the same file."""
+        typed = parse_command(argv)
+        if typed is None or self.program is None or typed.kind != self.program.kind:
+            return False
+        if typed.kind == "module":
+            return typed.target == self.program.target
+        return _file_at(pid, typed.target) == _file_at(self.pid, self.program.target)
+
     def has_not_moved(self) -> bool:
         """Whether it still is in the directory that it was started in."""
         started_in = self.environ.get("PWD")
@@ -541,10 +553,23 @@ def _as_ghosts(survivors: Iterable[Survivor]) -> list[Finding]:
     return [Finding(s.pid, s.create_time, s.command, "survivor", s.evidence) for s in survivors]
 
 
+def _file_at(pid: int, path: str) -> tuple[int, int] | None:
+    """The file, by device and inode, to which a path leads for a process; None for none."""
+    try:
+        if not os.path.isabs(path):
+            path = os.path.join(processes.read_cwd(pid) or "/nowhere", path)
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _defunct(pid: int, me: _Look) -> Finding | None:
     stat = processes.read_stat(pid)
+    if stat is None or not processes.is_defunct(stat):
+        return None
     mine = processes.read_stat(me.pid)
-    if stat is None or mine is None or not processes.is_defunct(stat) or stat.name != mine.name:
+    if mine is None or stat.name != mine.name:
         return None
     return Finding(
         pid,

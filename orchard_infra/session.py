@@ -189,7 +189,8 @@ class Session:
     def _describe(self, registry: RunRegistry) -> Scene:
         began = processes.now()
         me = os.getpid()
-        children = processes.descendants([me]) if processes.children_of(me) else {}
+        counts = self.sanitizer is not None and processes.children_of(me)
+        children = processes.descendants([me]) if counts else {}
         locks = self.locker is not None and self.launch.is_leader
         record = describe_this_run(
             self.settings.project,
@@ -270,7 +271,7 @@ class Session:
 
         A run of which processes still live keeps its record, the evidence against them.
         """
-        runs = registry.runs()
+        runs = registry.runs(without=self.env.run.run_id)
         dead = [run for run in runs if run.state is RunState.DEAD]
         if dead:
             outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}

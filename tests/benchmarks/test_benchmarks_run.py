@@ -32,7 +32,7 @@ def test_a_quick_run_writes_the_documented_json(tmp_path: Path, name: str) -> No
         tmp_path, BENCHMARKS / f"{name}.py", "--quick", "--json", str(target), cwd=tmp_path
     )
 
-    assert script.finish() == 0, script.transcript()
+    assert script.finish(timeout=240.0) == 0, script.transcript()
     figures = json.loads(target.read_text("utf-8"))
     assert set(figures) == {"benchmark", "quick", "machine", "rows", "goals", "notes"}
     assert (figures["benchmark"], figures["quick"]) == (name, True)
