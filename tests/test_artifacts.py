@@ -35,6 +35,9 @@ from support import (
     wait_until,
 )
 
+# /dev/shm is the whole machine's: what one test leaves there for a moment, another one would see.
+pytestmark = pytest.mark.xdist_group("shared memory")
+
 T = TypeVar("T")
 
 TORCH_MANAGER = artifacts._TORCH_MANAGER

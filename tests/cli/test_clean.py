@@ -27,6 +27,9 @@ from commands import (
 )
 from support import Script, is_running, run_command, run_python, wait_gone, wait_until
 
+# /dev/shm is the whole machine's: what one test leaves there for a moment, another one would see.
+pytestmark = pytest.mark.xdist_group("shared memory")
+
 # A run of digits, or, with GHOST, a process that has the same command line and is in no run.
 SCRIPT = """
     import os, sys, time
