@@ -75,7 +75,7 @@ def _child(pid: int, *, is_witness: bool) -> psutil.Process:
 
 # Says which signals it gets, and when it is ready. USR2 ends it.
 LISTENER = r"""
-    import os, signal, sys
+    import os, signal, sys, time
 
     def said(signum, frame):
         # One write, which another signal cannot come into.
@@ -87,7 +87,7 @@ LISTENER = r"""
         signal.signal(getattr(signal, "SIG" + name), said)
     print("ready", os.getpid(), flush=True)
     while True:
-        signal.pause()
+        time.sleep(0.02)  # pause() would sleep through a signal that comes just before it
 """
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support import Script, is_running, run_python, wait_gone, wait_until
@@ -32,11 +33,13 @@ RUN = """
         print("left", env.lock_path.exists(), env.tmp_dir.exists(), flush=True)
 """
 
+# Short naps: a signal that comes just before a long one is heeded only after it.
 SLEEP = """
 print("in", flush=True)
 while True:
-    time.sleep(1000)
+    time.sleep(0.02)
 """
+BLOCK = SLEEP.replace("0.02", "1000")
 
 
 def start(tmp_path: Path, body: str = SLEEP, stop: str = "{}", **popen: object) -> Script:
@@ -117,7 +120,8 @@ def test_in_flag_mode_a_second_signal_raises(tmp_path):
 
 
 def test_in_flag_mode_the_deadline_interrupts_a_blocking_call(tmp_path):
-    run = start(tmp_path, SLEEP, "{'mode': 'flag', 'deadline': 0.1}")
+    run = start(tmp_path, BLOCK, "{'mode': 'flag', 'deadline': 0.1}")
+    wait_until(lambda: psutil.Process(run.pid).status() == psutil.STATUS_SLEEPING)
     run.send_signal(signal.SIGTERM)
     assert run.finish() == 143
     assert ended_well(run), run.transcript()
