@@ -108,7 +108,8 @@ def test_in_flag_mode_a_second_signal_raises(tmp_path):
         while not env.stop_requested:
             time.sleep(0.01)
         print("flagged", flush=True)
-        time.sleep(1000)
+        while True:
+            time.sleep(0.02)
         """,
         "{'mode': 'flag'}",
     )
@@ -160,7 +161,8 @@ def test_callbacks_run_outside_of_the_handler_before_anything_is_released(tmp_pa
             raise KeyError("broken callback")
         env.on_stop(broken)
         print("in", flush=True)
-        time.sleep(1000)
+        while True:
+            time.sleep(0.02)
         """,
     )
     run.send_signal(signal.SIGTERM)
@@ -375,7 +377,8 @@ def test_a_second_ctrl_c_during_the_release_does_not_break_it(tmp_path):
                 return FlushReport()
         with managed_environment("digits", manager=InfrastructureManager(flusher=Slow())) as env:
             print("in", env.lock_path, flush=True)
-            time.sleep(1000)
+            while True:
+                time.sleep(0.02)
         """,
     )
     lock = Path(run.wait_for("in").split()[1])
@@ -450,7 +453,8 @@ def test_workers_of_a_stopped_run_go_with_it(tmp_path):
                 for worker in workers:
                     worker.start()
                 print("in", *(w.pid for w in workers), flush=True)
-                time.sleep(1000)
+                while True:
+                    time.sleep(0.02)
         """,
     )
     workers = [int(pid) for pid in run.wait_for("in").split()[1:]]
