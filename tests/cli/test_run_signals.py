@@ -82,7 +82,9 @@ def test_the_wrapper_outlives_every_signal_but_sigkill(wrapper: Wrapper) -> None
 def test_a_stop_and_a_continue_to_the_wrapper_alone_take_the_command_along(
     wrapper: Wrapper,
 ) -> None:
-    script = listen(wrapper)
+    # In a group of its own below ours: to one that nobody could continue, as a job is that has
+    # outlived its shell, the kernel sends no SIGTSTP.
+    script = listen(wrapper, preexec_fn=os.setpgrp)
     command = child_of(script)
 
     send(script, signal.SIGTSTP)
