@@ -32,7 +32,8 @@ $(INSTALLED): pyproject.toml requirements-dev.txt requirements-test.txt
 demo: $(INSTALLED) ## Train a small network on real images, protected
 	$(BIN)/python examples/train_digits.py
 
-test: $(INSTALLED) ## Run the tests, documentation and examples included
+test: $(INSTALLED) ## Run the tests, documentation and examples included; two minutes are chaos
+	$(BIN)/pytest -m chaos tests/chaos
 	$(PYTEST)
 
 check: lint types test ## Everything that a change must pass

@@ -339,11 +339,18 @@ class GhostSanitizer:
         processes of other live runs, even if they were started in here.
         """
         spared: dict[ProcessIdentity, Finding] = {}
+        ended: set[int] = set()
 
         def leftovers() -> list[Finding]:
-            ghosts, others = self._leftovers(scene)
-            spared.update((finding.identity, finding) for finding in others)
-            return ghosts
+            # Who ends during a look may just have made others, which that look did not see.
+            while True:
+                children = processes.children_of(os.getpid())
+                ghosts, others = self._leftovers(scene)
+                spared.update((finding.identity, finding) for finding in others)
+                news = {pid for pid in children - ended if not _runs(pid)}
+                if ghosts or not news:
+                    return ghosts
+                ended.update(news)
 
         report, _ = self._stop_again(leftovers, scene, spared)
         _log(report, scene.logger)
@@ -589,6 +596,11 @@ def _opted_out(pid: int) -> bool:
 def _serves_multiprocessing(pid: int) -> bool:
     command = command_of(pid)
     return any(name in command for name in _MULTIPROCESSING)
+
+
+def _runs(pid: int) -> bool:
+    stat = processes.read_stat(pid)
+    return stat is not None and not processes.is_defunct(stat)
 
 
 def _age(identity: ProcessIdentity) -> float:

@@ -1,5 +1,5 @@
-"""One environment for every test: nothing of the machine's jobs, a runtime directory of its own,
-and nothing left running.
+"""One environment for every test: nothing of the machine's jobs, directories of its own for what
+runs share and for temporary files, and nothing left running.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
         if _FOREIGN.fullmatch(name):
             monkeypatch.delenv(name)
     # Not below tmp_path: that is long, and two tests of one file would see each other's names.
-    runtime = tempfile.mkdtemp(prefix="oi-")
+    ours = Path(tempfile.mkdtemp(prefix="oi-"))
     mark = uuid.uuid4().hex
-    monkeypatch.setenv("ORCHARD_INFRA_DIR", runtime)
+    for name, variable in (("run", "ORCHARD_INFRA_DIR"), ("tmp", "TMPDIR")):
+        (ours / name).mkdir(mode=0o700)
+        monkeypatch.setenv(variable, str(ours / name))
     monkeypatch.setenv(TEST_MARK, mark)
     before = psutil.Process().children(recursive=True)
     try:
         yield
     finally:
         stop_everything_started(mark, tmp_path, before)
-        shutil.rmtree(runtime, ignore_errors=True)
+        shutil.rmtree(ours, ignore_errors=True)
 
 
 @pytest.fixture

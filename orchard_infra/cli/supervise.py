@@ -393,7 +393,9 @@ class Supervisor:
         while not self._reap():
             left = self._below()
             rest = deadline - time.monotonic()
-            if not left or rest <= 0:
+            # One that was forked by a child that ended during the look was not seen by it; those
+            # from before an exec are there to stay.
+            if rest <= 0 or (not left and self._before):
                 return left
             # A grandchild's end does not show here, its parent's does.
             signal.sigtimedwait({signal.SIGCHLD}, min(rest, 0.02))

@@ -30,8 +30,8 @@ def extent() -> Extent:
     print(f"SEED={seed}")  # shown with a failure
     return Extent(
         seed=int(seed),
-        kills=int(kills or 200),
-        seconds=1e9 if kills else 45.0,
+        kills=int(kills or 10**9),
+        seconds=1e9 if kills else 75.0,
         is_long=int(kills or 0) >= 1000,
     )
 

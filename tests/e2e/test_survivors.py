@@ -270,6 +270,42 @@ def test_leftover_children_are_stopped_at_the_end_of_the_block(tmp_path):
     assert [kind for kind, pid in pids.items() if is_running(pid)] == []
 
 
+@pytest.mark.parametrize("seen", ["alive", "defunct"])
+def test_a_double_fork_that_happens_during_the_look_is_found(tmp_path, seen):
+    """It was forked after the list of processes was made, and its parent has ended by the time
+    that it is looked at: found by chaos, and made to happen here."""
+    source = """
+        import os, sys, time
+        from orchard_infra import EnvironmentConfig, managed_environment, processes
+
+        def stale_list():
+            processes.parents = parents
+            found = parents()
+            os.write(go[1], b"!")
+            os.waitid(os.P_PID, between, os.WEXITED | os.WNOWAIT)
+            if sys.argv[1] == "defunct":
+                del found[between]
+            return found
+
+        go = os.pipe()
+        parents = processes.parents
+        with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)):
+            between = os.fork()
+            if not between:
+                os.read(go[0], 1)
+                pid = os.fork()
+                if pid:
+                    print("daemon", pid, flush=True)
+                    os._exit(0)
+                while True:
+                    time.sleep(1000)
+            processes.parents = stale_list
+        """
+    run = run_python(tmp_path, source, seen)
+    assert run.finish() == 0, run.transcript()
+    assert not is_running(int(run.wait_for("daemon").split()[1]))
+
+
 def test_leftover_children_are_named_and_left_when_killing_is_off(tmp_path):
     run = start(tmp_path, ",".join(sorted(LEFT)))
     pids = inside(run)["pids"]
