@@ -297,7 +297,7 @@ class _Sweep:
 
     def _remove_of_the_dead(self, directory: int, found: list[re.Match[str]], *, may: bool) -> None:
         # Mostly they belong to processes that can be seen to live: no need to look at all.
-        found = [match for match in found if not _runs(int(match[2]))]
+        found = [match for match in found if not processes.is_running(int(match[2]))]
         if not found:
             return
         alive, torch_manager_lives = _living()
@@ -526,11 +526,6 @@ def _is_open(directory: int, name: str) -> bool | None:
     finally:
         os.close(fd)
     return False
-
-
-def _runs(pid: int) -> bool:
-    stat = processes.read_stat(pid)
-    return stat is not None and not processes.is_defunct(stat)
 
 
 def _living() -> tuple[set[int], bool]:

@@ -74,6 +74,12 @@ def is_alive(identity: ProcessIdentity) -> bool:
     return stat is not None and stat.create_time == identity.create_time and not is_defunct(stat)
 
 
+def is_running(pid: int) -> bool:
+    """Whether there is a process with this pid now, and it is more than defunct."""
+    stat = read_stat(pid)
+    return stat is not None and not is_defunct(stat)
+
+
 def is_defunct(stat: Stat) -> bool:
     """Whether the process is dead and not yet reaped (states Z and X of proc(5)).
 

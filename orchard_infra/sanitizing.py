@@ -347,7 +347,7 @@ class GhostSanitizer:
                 children = processes.children_of(os.getpid())
                 ghosts, others = self._leftovers(scene)
                 spared.update((finding.identity, finding) for finding in others)
-                news = {pid for pid in children - ended if not _runs(pid)}
+                news = {pid for pid in children - ended if not processes.is_running(pid)}
                 if ghosts or not news:
                     return ghosts
                 ended.update(news)
@@ -596,11 +596,6 @@ def _opted_out(pid: int) -> bool:
 def _serves_multiprocessing(pid: int) -> bool:
     command = command_of(pid)
     return any(name in command for name in _MULTIPROCESSING)
-
-
-def _runs(pid: int) -> bool:
-    stat = processes.read_stat(pid)
-    return stat is not None and not processes.is_defunct(stat)
 
 
 def _age(identity: ProcessIdentity) -> float:
