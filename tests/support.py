@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -35,6 +37,14 @@ import psutil
 import pytest
 
 T = TypeVar("T")
+
+needs_another_user = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user"
+)
+needs_namespaces = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="needs a real pid namespace and mounts",
+)
 
 # Generous: the machine may be busy with everybody else's tests.
 PATIENCE = 60.0
@@ -302,3 +312,24 @@ def _free_log(tmp_path: Path) -> Path:
         if not log.with_suffix(".out").exists():
             return log
     raise AssertionError("unreachable")
+
+
+def as_nobody(call: Callable[[], T]) -> T:
+    """What it returns in a process of another user."""
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            writer.send(call())
+        finally:
+            os._exit(0)
+    writer.close()
+    try:
+        answer: T = reader.recv()
+        return answer
+    finally:
+        reader.close()
+        os.waitpid(pid, 0)

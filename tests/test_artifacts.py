@@ -1,7 +1,6 @@
 """A run leaves nothing behind, a dead one neither, and nobody loses a file that is not its own."""
 
 import contextlib
-import multiprocessing
 import os
 import re
 import shutil
@@ -13,10 +12,9 @@ import tempfile
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
 
 import psutil
 import pytest
@@ -28,6 +26,9 @@ from orchard_infra.processes import read_stat
 from orchard_infra.runs import describe_this_run
 from support import (
     Script,
+    as_nobody,
+    needs_another_user,
+    needs_namespaces,
     require_module,
     run_command,
     run_python,
@@ -38,17 +39,11 @@ from support import (
 # /dev/shm is the whole machine's: what one test leaves there for a moment, another one would see.
 pytestmark = pytest.mark.xdist_group("shared memory")
 
-T = TypeVar("T")
 
 TORCH_MANAGER = artifacts._TORCH_MANAGER
 RUN_ID = "0123456789abcdef"
 LONG_AGO = 1_000_000_000.0  # seconds since the epoch
 
-needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None,
-    reason="needs a real pid namespace and mounts",
-)
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs a real /dev/shm")
 
 
@@ -88,27 +83,6 @@ def write(path: Path, text: str = "content") -> Path:
 
 def dead_run(tmp_dir: Path | str | None, run_id: str = RUN_ID) -> SimpleNamespace:
     return SimpleNamespace(run_id=run_id, tmp_dir=None if tmp_dir is None else str(tmp_dir))
-
-
-def as_nobody(call: Callable[[], T]) -> T:
-    """What it returns in a process of another user."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            writer.send(call())
-        finally:
-            os._exit(0)
-    writer.close()
-    try:
-        answer: T = reader.recv()
-        return answer
-    finally:
-        reader.close()
-        os.waitpid(pid, 0)
 
 
 def run_in_a_container(tmp_path: Path, source: str) -> Script:
@@ -814,7 +788,7 @@ class TestSharedMemory:
 class TestHalfWrittenOutputs:
     @pytest.fixture(autouse=True)
     def cwd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        directory = tmp_path / "work"
+        directory = tmp_path / "train"
         directory.mkdir()
         monkeypatch.chdir(directory)
         return directory
@@ -846,7 +820,7 @@ class TestHalfWrittenOutputs:
             (".*.tmp", [".hidden.tmp"]),
             (".cache/*.tmp", [".cache/c.tmp"]),
             ("./model.tm?", ["model.tmp"]),
-            ("../work/model.tmp", ["model.tmp"]),
+            ("../train/model.tmp", ["model.tmp"]),
             ("missing/*.tmp", []),
             ("model.tmp/*.tmp", []),
         ],
@@ -959,7 +933,7 @@ class TestHalfWrittenOutputs:
         self, base: Path, cwd: Path, tmp_path: Path
     ) -> None:
         with self.clean(base, "*.tmp") as run:
-            writer = run_python(tmp_path, "f = open('work/a.tmp', 'w'); print('open'); input()")
+            writer = run_python(tmp_path, "f = open('train/a.tmp', 'w'); print('open'); input()")
             writer.wait_for("open")
 
         assert (cwd / "a.tmp").exists()

@@ -23,9 +23,8 @@ from orchard_infra.files import (
     same_file,
     write_whole,
 )
-from support import run_python, wait_until
+from support import needs_another_user, run_python, wait_until
 
-needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 NOBODY = 65534
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,11 +21,15 @@ from orchard_infra.runs import (
     RunState,
     describe_this_run,
 )
-from support import Script, environment, run_command, run_python, wait_gone, wait_until
-
-needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a real pid namespace"
+from support import (
+    Script,
+    environment,
+    needs_another_user,
+    needs_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
 )
 
 # A run with children of the kinds that are asked for. Each says its pid once it is what it is

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -18,12 +17,16 @@ import pytest
 
 from orchard_infra import processes
 from orchard_infra.processes import ProcessIdentity
-from support import Script, run_command, run_python, wait_gone, wait_until
-
-needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a real pid namespace"
+from support import (
+    Script,
+    needs_another_user,
+    needs_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
 )
+
 ME = os.getpid()
 
 WAITS = """

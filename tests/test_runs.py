@@ -37,11 +37,15 @@ from orchard_infra.runs import (
     read_record,
     to_json,
 )
-from support import Script, is_running, run_command, run_python, wait_gone, wait_until
-
-needs_another_user = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs a real pid namespace"
+from support import (
+    Script,
+    is_running,
+    needs_another_user,
+    needs_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
 )
 
 # A run that does what it is told: run, fork, close every descriptor, leave.

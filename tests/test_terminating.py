@@ -3,16 +3,14 @@
 import contextlib
 import errno
 import itertools
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 import pytest
@@ -20,9 +18,7 @@ import pytest
 from orchard_infra import processes, terminating
 from orchard_infra.processes import ProcessIdentity, identity_of
 from orchard_infra.terminating import StopOutcome, stop_processes
-from support import Script, is_running, run_python, wait_gone, wait_until
-
-T = TypeVar("T")
+from support import Script, as_nobody, is_running, run_python, wait_gone, wait_until
 
 LINUX = sys.platform == "linux"
 
@@ -480,25 +476,6 @@ def test_what_becomes_our_child_by_losing_its_parent_does_not_stay_defunct(tmp_p
 
     assert script.finish() == 0, script.transcript()
     assert "nothing left of 2" in script.output
-
-
-def as_nobody(call: Callable[[], T]) -> T:
-    """What it returns in a process of another user."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    pid = os.fork()
-    if pid == 0:
-        os.setuid(65534)
-        try:
-            writer.send(call())
-        finally:
-            os._exit(0)
-    writer.close()
-    try:
-        answer: T = reader.recv()
-        return answer
-    finally:
-        reader.close()
-        os.waitpid(pid, 0)
 
 
 def running_in(directory: Path) -> list[int]:
