@@ -386,7 +386,7 @@ class RunRegistry:
         except (OSError, InfrastructureError):
             return False
         try:
-            if not _lock_past_readers(fd) or not files.same_file(fd, path):
+            if not _lock_past_readers(fd, path):
                 return False
             found = read_record(fd)
             if found is not None and _leader_lives(found[0]):
@@ -523,11 +523,14 @@ def _leader_lives(record: RunRecord) -> bool:
     return record.is_local and processes.is_alive(record.leader)
 
 
-def _lock_past_readers(fd: int) -> bool:
-    """Lock a record exclusively, although readers hold it for an instant now and then."""
-    for _ in range(20):
-        if lock_descriptor(fd):
-            return True
+def _lock_past_readers(fd: int, path: Path) -> bool:
+    """Lock the file at this path exclusively, although readers hold it for an instant now and
+    then; on a busy machine one may be put aside with its lock held.
+    """
+    for _ in range(200):
+        locked = lock_descriptor(fd)
+        if locked or not files.same_file(fd, path):
+            return locked and files.same_file(fd, path)
         time.sleep(0.001)
     return False
 

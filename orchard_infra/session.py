@@ -143,8 +143,13 @@ class Session:
             self._undo("exit hook", lambda: atexit.unregister(self.close))
 
     def _hold(self) -> None:
-        if self._watch is not None:
+        if self._watch is None:
+            return
+        try:
             self._watch.hold()
+        except BaseException:  # a signal came just before it could be held; so may the next one
+            self._watch.hold()
+            raise
 
     def _undo(self, name: str, step: Callable[[], object]) -> None:
         """Have ``step`` carried out on the way back, whatever becomes of the others."""

@@ -217,12 +217,13 @@ class SignalWatch(Takeover):
         """See `StopWatch.hold`. Covers Ctrl-C as well, and waits for callbacks that still run."""
         if self._holding or not self.is_live:
             return
-        self._hold_until = math.inf
-        self._holding = True
-        try:
-            self.take_over((*self.config.signals, signal.SIGINT))
-        except ValueError:  # not in the main thread
-            pass
+        with uninterrupted():
+            self._hold_until = math.inf
+            self._holding = True
+            try:
+                self.take_over((*self.config.signals, signal.SIGINT))
+            except ValueError:  # not in the main thread
+                pass
         if self.requested is not None and self._thread_to_wait_for() is not None:
             self._wait_for_callbacks()
         self._hold_until = time.monotonic() + self.config.hold_limit

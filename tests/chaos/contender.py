@@ -314,6 +314,10 @@ class Contender:
             if identity(holder["pid"]) is None:  # else somebody else has its pid now
                 left.append(_shared_memory(holder["pid"]))
             for path in left:
+                # The runs of other rounds collect, too: one of them may be about to remove it.
+                deadline = time.monotonic() + 1.0
+                while path.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
                 if path.exists():
                     self._violation(f"{path} of {name} is left")
 

@@ -391,6 +391,47 @@ def test_a_second_ctrl_c_during_the_release_does_not_break_it(tmp_path):
     assert run.error_output.count("Traceback") == 1
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_a_ctrl_c_as_the_release_begins_leaves_it_whole_and_so_does_the_next(tmp_path, when):
+    """The first one comes as signals are about to be held; found by chaos, and made to happen."""
+    run = run_python(
+        tmp_path,
+        """
+        import os, signal, sys
+        from orchard_infra import *
+        from orchard_infra.stopping import SignalWatch
+
+        def press():
+            os.kill(os.getpid(), signal.SIGINT)
+
+        name = {"before": "hold", "within": "take_over"}[sys.argv[1]]
+        original = getattr(SignalWatch, name)
+
+        def pressed(self, *arguments):
+            setattr(SignalWatch, name, original)
+            press()
+            return original(self, *arguments)
+
+        class Flusher:
+            def flush(self, error=None):
+                press()
+                print("flushed", flush=True)
+                return FlushReport()
+
+        manager = InfrastructureManager(flusher=Flusher())
+        with managed_environment("digits", manager=manager) as env:
+            print("lock", env.lock_path, flush=True)
+            setattr(SignalWatch, name, pressed)
+        """,
+        when,
+    )
+    lock = Path(run.wait_for("lock").split()[1])
+    assert run.finish() == -signal.SIGINT
+    assert "flushed" in run.output
+    assert "device caches" not in run.error_output
+    assert not lock.exists()
+
+
 def test_a_storm_of_signals_into_logging_never_reenters_a_writer(tmp_path):
     """Logging in a handler re-entered a buffered writer and made a cancelled job exit 0."""
     run = run_python(
