@@ -391,14 +391,16 @@ def test_the_command_is_kept_as_typed_until_it_is_resolved(project: Path) -> Non
 
 
 def test_the_two_floors_load_nothing_heavy() -> None:
-    """Their own imports: the package around them needs psutil, which loads subprocess."""
+    """Their own imports: the package around them needs psutil, and old versions of attrs too
+    load subprocess."""
     source = (
-        "import sys, types\n"
+        "import sys, types, attrs\n"
+        "before = set(sys.modules)\n"
         "package = sys.modules['orchard_infra'] = types.ModuleType('orchard_infra')\n"
         f"package.__path__ = [{str(Path(programs.__file__).parent)!r}]\n"
         "import orchard_infra.launch, orchard_infra.programs\n"
         "print(sorted({'subprocess', 'tempfile', 'multiprocessing', 'psutil', 'asyncio',"
-        " 'importlib.metadata', 'torch'} & set(sys.modules)))"
+        " 'importlib.metadata', 'torch'} & set(sys.modules) - before))"
     )
 
     seen = subprocess.run(
