@@ -40,6 +40,7 @@ class Membership:
         Its ancestors are asked as well: a child with a cleaned environment still belongs.
         """
         live, leaders, files = self._live
+        names = {file: run.file_name for file, run in files.items()}
         if not live:
             return None
         for member in (pid, *processes.ancestors(pid)):
@@ -49,7 +50,7 @@ class Membership:
             run_id = processes.started_with(member, RUN_ID_VARIABLE, live)
             if run_id is not None:
                 return live[run_id]
-            file = processes.has_open(member, frozenset(files))
+            file = processes.has_open(member, frozenset(files), names=names)
             if file is not None:
                 return files[file]
         return None

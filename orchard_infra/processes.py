@@ -291,12 +291,22 @@ def children_of(pid: int) -> set[int]:
     return {child for child in all_pids() if (stat := read_stat(child)) and stat.ppid == pid}
 
 
-def has_open(pid: int, files: frozenset[tuple[int, int]]) -> tuple[int, int] | None:
+def has_open(
+    pid: int,
+    files: frozenset[tuple[int, int]],
+    *,
+    names: Mapping[tuple[int, int], str] | None = None,
+) -> tuple[int, int] | None:
     """Which of these files, named by (device, inode), a process has open; None for none of them.
 
-    The link under ``/proc/PID/fd`` leads to the file itself, also when its name is gone.
+    The link under ``/proc/PID/fd`` leads to the file itself, also when its name is gone. With
+    ``names`` the file has to have that name as well: the number of an inode goes to a new file as
+    soon as the old one is removed.
     """
-    return next((file for _, file in _open_files(pid) if file in files), None)
+    for fd, file in _open_files(pid):
+        if file in files and (names is None or _name_of_open(pid, fd) == names[file]):
+            return file
+    return None
 
 
 def has_inherited(pid: int, files: Mapping[tuple[int, int], int]) -> tuple[int, int] | None:
@@ -329,6 +339,13 @@ def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
                 yield entry.name, (stat.st_dev, stat.st_ino)
     except OSError:
         return
+
+
+def _name_of_open(pid: int, fd: str) -> str | None:
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/fd/{fd}").removesuffix(" (deleted)"))
+    except OSError:
+        return None
 
 
 def _read(path: str) -> bytes | None:

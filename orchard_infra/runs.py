@@ -200,6 +200,11 @@ class RegisteredRun:
     file: tuple[int, int] = attrs.field(default=(0, 0), repr=False)  # device and inode
 
     @property
+    def file_name(self) -> str:
+        """What the record's file is called in the registry's directory."""
+        return f"{self.record.run_id}{_SUFFIX}"
+
+    @property
     def is_live(self) -> bool:
         """Running or waiting: sacred, with everything that belongs to it."""
         return self.state in (RunState.RUNNING, RunState.WAITING)
@@ -344,7 +349,7 @@ class RunRegistry:
 
     def remove(self, run: RegisteredRun) -> bool:
         """Remove the record of a run that is dead; whether it was."""
-        return self._remove_unlocked(self.directory / f"{run.record.run_id}{_SUFFIX}")
+        return self._remove_unlocked(self.directory / run.file_name)
 
     def collect_unnamed(self) -> None:
         """Remove what a crash inside `register` left: files that never got their name."""

@@ -245,6 +245,20 @@ HOLDS_OPEN = """
 """
 
 
+def test_a_new_file_with_the_inode_of_a_record_that_is_gone_is_no_membership(tmp_path, registry):
+    """The number goes to the next file at once; found by chaos: an ancestor had just made one."""
+    run = start(tmp_path)
+    [found] = registry.runs()
+    results = tmp_path / "results"
+    results.touch()
+    holder = run_python(tmp_path, HOLDS_OPEN, str(results), name="holder.py")
+    holder.wait_for("opened")
+    stat = results.stat()
+    reused = attrs.evolve(found, file=(stat.st_dev, stat.st_ino))
+    assert Membership((reused,)).live_run_of(holder.pid) is None
+    assert run.run_id == found.record.run_id
+
+
 def test_who_has_a_dead_run_s_files_open_is_no_survivor(tmp_path, registry):
     """A waiter has the lock file open; a reader of the registry has the record open."""
     lock = tmp_path / "digits.lock"

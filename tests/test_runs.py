@@ -194,7 +194,7 @@ def test_forked_children_of_a_killed_run_are_survivors_until_the_last_has_gone(t
     assert state_of(registry, run.run_id) is RunState.SURVIVORS
     os.kill(second, 9)
     wait_gone([second])
-    wait_until(lambda: state_of(registry, run.run_id) is RunState.DEAD)
+    wait_until(lambda: registry.find(run.run_id).state is RunState.DEAD)
 
 
 def test_a_live_run_is_never_removed(tmp_path, registry):
@@ -269,7 +269,7 @@ def test_a_run_in_a_container_is_live_from_outside_until_it_dies(tmp_path, regis
     assert not leader_is_dead(found.record)
     assert not registry.remove(found)
     run.kill()
-    wait_until(lambda: state_of(registry, run.run_id) is RunState.DEAD)
+    wait_until(lambda: registry.find(run.run_id).state is RunState.DEAD)
     assert registry.remove(registry.find(run.run_id))
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_cannot_trust_its_proc_is_live_while_it_holds_the_lock(tmp_pa
     assert found.record.pid_namespace == 0
     run.kill()
     # It was pid 1 there, and here there will always be one.
-    wait_until(lambda: state_of(registry, run.run_id) is RunState.DEAD)
+    wait_until(lambda: registry.find(run.run_id).state is RunState.DEAD)
 
 
 def test_nobody_s_namespace_is_known_to_be_ours_when_ours_is_unknown(monkeypatch):
