@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -36,6 +37,16 @@ _ALLOWED_SKIPS = (
     "needs macOS",
     "got empty parameter set",
 )
+
+# Under nohup, or in the background of a script, these are ignored, and so they would be by
+# everything that a test starts.
+for _name, _default in (
+    ("SIGINT", signal.default_int_handler),
+    ("SIGHUP", signal.SIG_DFL),
+    ("SIGQUIT", signal.SIG_DFL),
+):
+    if hasattr(signal, _name) and signal.getsignal(getattr(signal, _name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, _name), _default)
 
 
 @pytest.fixture(autouse=True)
