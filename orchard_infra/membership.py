@@ -25,6 +25,7 @@ _Live: TypeAlias = tuple[
     dict[str, RegisteredRun],  # by id
     dict[ProcessIdentity, RegisteredRun],  # by leader
     dict[tuple[int, int], RegisteredRun],  # by record file
+    dict[tuple[int, int], str],  # the names of those files
 ]
 
 
@@ -39,8 +40,7 @@ class Membership:
 
         Its ancestors are asked as well: a child with a cleaned environment still belongs.
         """
-        live, leaders, files = self._live
-        names = {file: run.file_name for file, run in files.items()}
+        live, leaders, files, names = self._live
         if not live:
             return None
         for member in (pid, *processes.ancestors(pid)):
@@ -50,7 +50,7 @@ class Membership:
             run_id = processes.started_with(member, RUN_ID_VARIABLE, live)
             if run_id is not None:
                 return live[run_id]
-            file = processes.has_open(member, frozenset(files), names=names)
+            file = processes.has_open(member, files.keys(), names=names)
             if file is not None:
                 return files[file]
         return None
@@ -59,7 +59,8 @@ class Membership:
     def _live(self) -> _Live:
         live = {run.record.run_id: run for run in self.runs if run.is_live}
         leaders = {run.record.leader: run for run in live.values() if run.record.is_local}
-        return live, leaders, {run.file: run for run in live.values()}
+        files = {run.file: run for run in live.values()}
+        return live, leaders, files, {file: run.file_name for file, run in files.items()}
 
     def survivors(self, dead: Iterable[RegisteredRun]) -> Iterator[tuple[RegisteredRun, Survivor]]:
         """The live processes of runs whose leader is dead, with what proves it."""

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 import attrs
@@ -293,7 +293,7 @@ def children_of(pid: int) -> set[int]:
 
 def has_open(
     pid: int,
-    files: frozenset[tuple[int, int]],
+    files: Set[tuple[int, int]],
     *,
     names: Mapping[tuple[int, int], str] | None = None,
 ) -> tuple[int, int] | None:

@@ -338,10 +338,8 @@ class _Hunt:
 def _children() -> dict[int, list[ProcessIdentity]]:
     """The live processes, by the pid of their parent."""
     children: dict[int, list[ProcessIdentity]] = {}
-    for pid in processes.all_pids():
-        stat = processes.read_stat(pid)
-        if stat is not None and not processes.is_defunct(stat):
-            children.setdefault(stat.ppid, []).append(ProcessIdentity(pid, stat.create_time))
+    for pid, (ppid, create_time) in processes.parents().items():
+        children.setdefault(ppid, []).append(ProcessIdentity(pid, create_time))
     return children
 
 
