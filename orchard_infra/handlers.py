@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from signal import Signals
@@ -29,6 +30,7 @@ _LOCKING_FILES = {threading.__file__, logging.__file__}
 _WEAK_FILES = {weakref.__file__, _weakrefset.__file__}
 _THRESHOLD = {"__enter__", "prepare_environment", "arm", "__exit__", "release_resources", "hold"}
 _PACKAGE = os.path.dirname(__file__)
+_BUSY = 1.0  # seconds that a handler takes at the most
 
 
 @attrs.define(eq=False, repr=False)  # signal.getsignal calls the repr
@@ -42,6 +44,7 @@ class Takeover:
     _pid: int = attrs.field(factory=os.getpid, init=False)
     _ended: bool = attrs.field(default=False, init=False)
     _previous: dict[int, Any] = attrs.field(factory=dict, init=False)
+    _busy_until: float = attrs.field(default=0.0, init=False)  # monotonic
 
     @property
     def is_live(self) -> bool:
@@ -50,6 +53,10 @@ class Takeover:
 
     def act(self, signum: int, frame: FrameType | None) -> None:
         """Runs in the handler: no lock, no logging, nothing that may be half-way through itself."""
+        raise NotImplementedError
+
+    def put_off(self, signum: int) -> None:
+        """The same for a signal that came while another one is acted upon: to be short."""
         raise NotImplementedError
 
     def take_over(self, signums: Iterable[Signals]) -> list[Signals]:
@@ -101,7 +108,17 @@ class Takeover:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.is_live:
-            self.act(signum, frame)
+            # Handlers interrupt each other: those of a storm of signals would pile up until
+            # Python's recursion limit. A time, since a Ctrl-C may take the way back from us.
+            now = time.monotonic()
+            if now < self._busy_until:
+                self.put_off(signum)
+                return
+            self._busy_until = now + _BUSY
+            try:
+                self.act(signum, frame)
+            finally:
+                self._busy_until = 0.0
             return
         previous = self._living_previous(signum)
         if callable(previous):

@@ -276,6 +276,10 @@ class SignalWatch(Takeover):
                 watch._held.remove(signum)
         raise self._exception(signum)
 
+    def put_off(self, signum: int) -> None:
+        """See `Takeover.put_off`."""
+        self._hold_back(signum, time.monotonic() + _AGAIN)
+
     def _around(self, signum: int) -> list[SignalWatch]:
         return [watch for watch in self.around(signum) if isinstance(watch, SignalWatch)]
 

@@ -73,21 +73,22 @@ def _child(pid: int, *, is_witness: bool) -> psutil.Process:
     return found
 
 
-# Says which signals it gets, and when it is ready. USR2 ends it.
+# Says which signals it gets, and when it is ready. USR2 ends it, after what came with it. Taken
+# one at a time: in a handler, the next one would come before the first has been told.
 LISTENER = r"""
-    import os, signal, sys, time
+    import os, signal, sys
 
-    def said(signum, frame):
-        # One write, which another signal cannot come into.
+    awaited = {getattr(signal, "SIG" + name) for name in sys.argv[1:]}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    print("ready", os.getpid(), flush=True)
+    while True:
+        signum = signal.sigwait(awaited)
+        if signum == signal.SIGUSR2 and signal.sigpending() & awaited - {signum}:
+            os.kill(os.getpid(), signum)
+            signum = signal.sigwait(awaited - {signum})
         os.write(1, f"got {signal.Signals(signum).name}\n".encode())
         if signum == signal.SIGUSR2:
             os._exit(7)
-
-    for name in sys.argv[1:]:
-        signal.signal(getattr(signal, "SIG" + name), said)
-    print("ready", os.getpid(), flush=True)
-    while True:
-        time.sleep(0.02)  # pause() would sleep through a signal that comes just before it
 """
 
 

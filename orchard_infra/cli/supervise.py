@@ -44,6 +44,7 @@ _WITNESS_AFTER = 0.05  # seconds
 _SENT_TO_ALL_WITHIN = 0.05  # seconds
 _AGAIN_WITHIN = 10.0  # seconds from one Ctrl-C to the next that escalates
 _HINT_AFTER = 2.0  # seconds after a Ctrl-C
+_AT_ITS_PROMPT_WITHIN = 0.5  # seconds after a Ctrl-C, for a program that drops a line for it
 _LEAVES_BY_ITSELF = 0.25  # seconds
 _LATECOMERS_GRACE = 1.0  # seconds, at the least
 _HIGH = 100  # the first descriptor that no script uses by number
@@ -322,6 +323,10 @@ class Supervisor:
         stat = processes.read_stat(self.pid)
         return stat is not None and stat.state == "T"
 
+    def _is_to_stop(self) -> bool:
+        """Whether a Ctrl-Z has come since: it also takes a SIGCONT back from the witness."""
+        return not signal.sigpending().isdisjoint(_STOPS)
+
     def _pass_on(self, signum: int) -> None:
         if self._witness is not None and self._witness.has_seen(signum):
             # For the group (kill %1, timeout) or for all of us (a scheduler, systemd): the
@@ -329,7 +334,7 @@ class Supervisor:
             # timeout(1) signals its child, and then its group: by now, that is here as well.
             signal.sigtimedwait({signum}, 0)
             self._renew_witness()
-        elif signum != signal.SIGCONT or self._is_stopped():
+        elif signum != signal.SIGCONT or (self._is_stopped() and not self._is_to_stop()):
             os.kill(self.pid, signum)  # not reaped yet, so this pid is its own
 
     def _renew_witness(self) -> None:
@@ -351,7 +356,9 @@ class Supervisor:
         now = time.monotonic()
         self._presses = self._presses + 1 if now - self._pressed < _AGAIN_WITHIN else 1
         self._pressed = now
-        if self._presses == 1:
+        if self._presses > 1 and self._deals_with_it():
+            self._presses = 0
+        elif self._presses == 1:
             self._hinted = False
         elif self._presses == 2:
             self.tell(f"Ctrl-C again: sending SIGTERM to {self._name} and all below; next: SIGKILL")
@@ -364,6 +371,19 @@ class Supervisor:
 
             self.tell(f"Ctrl-C for the third time: killing {self._name} and all below")
             stop_processes(self._below(), grace=0.0, spare=self._is_spared)
+
+    def _deals_with_it(self) -> bool:
+        """Whether it ends, or comes back to its prompt, while we look: a busy machine is slow."""
+        assert self._terminal is not None
+        deadline = time.monotonic() + _AT_ITS_PROMPT_WITHIN
+        while time.monotonic() < deadline:
+            if self._terminal.is_edited():
+                return True
+            signal.sigtimedwait({signal.SIGCHLD}, 0.02)
+            self._reap()
+            if self._status is not None:
+                return True
+        return False
 
     def _watch_presses(self) -> None:
         if not self._presses:

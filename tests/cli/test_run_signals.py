@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -94,6 +96,28 @@ def test_a_stop_and_a_continue_to_the_wrapper_alone_take_the_command_along(
 
     send(script, signal.SIGUSR2)
     assert script.finish() == 7
+
+
+def test_a_stop_right_after_a_continue_is_not_undone(wrapper: Wrapper) -> None:
+    """A stop takes back the SIGCONT that the witness has, so that it seems to be ours alone."""
+    script = listen(wrapper, preexec_fn=os.setpgrp)
+    command = child_of(script)
+    wait_for_witness(script.pid)
+
+    os.killpg(script.pid, signal.SIGCONT)
+    wait_until(lambda: not is_pending(script.pid, signal.SIGCONT))  # being looked into
+    os.killpg(script.pid, signal.SIGTSTP)
+
+    wait_until(lambda: is_stopped(script.pid) and is_stopped(command.pid))
+    os.killpg(script.pid, signal.SIGCONT)
+    send(script, signal.SIGUSR2)
+    assert script.finish() == 7
+
+
+def is_pending(pid: int, signum: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
+    return bool(int(mask, 16) >> (signum - 1) & 1)
 
 
 def test_a_command_that_is_stopped_for_a_while_does_not_stop_the_wrapper(wrapper: Wrapper) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from support import Script, require_module, run_command, run_python, wait_gone
+from support import Script, require_module, run_command, run_python, wait_gone, wait_until
 
 PRELUDE = """
 import logging, os, signal, sys, threading, time
@@ -614,10 +614,16 @@ def test_a_storm_of_signals_into_buffered_logging_is_one_clean_stop(tmp_path, mo
     )
     run.wait_for("in")
     sent = 0
-    # A thousand, and as many more as it takes: those that come together count as one.
-    while "saved" not in run.output and (sent < 1000 or "finally" not in run.output):
+
+    def is_enough() -> bool:
+        nonlocal sent
         run.send_signal((signal.SIGTERM, signal.SIGHUP)[sent % 2])
         sent += 1
+        told = run.output
+        return "saved" in told or run.poll() is not None or (sent >= 1000 and "finally" in told)
+
+    # A thousand, and as many more as it takes: those that come together count as one.
+    wait_until(is_enough, what=run.transcript, interval=0.0)
     assert run.finish() in (143, 129), run.transcript()
     said = run.output.splitlines()
     assert said[:3] == ["in", "finally", "saved"]
