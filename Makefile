@@ -14,7 +14,8 @@ GPU_PYTHON ?= $(VENV)/bin/python
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
+# A test that hangs ends its worker, and would be tried again in each new one.
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup --max-worker-restart 2
 
 .PHONY: help venv demo test check lint types format test-all-pythons test-gpu chaos bench build clean
 

@@ -24,13 +24,24 @@ from typing import Any
 
 import attrs
 
-_LOCKING = {"acquire", "release", "handle", "__enter__", "__exit__"}
-_LOCKING |= {"_acquire_restore", "_release_save"}
-_LOCKING_FILES = {threading.__file__, logging.__file__}
+# Where a lock changes hands without a `with`.
+_LOCKING = {
+    threading.__file__: {
+        *("acquire", "release", "__enter__", "__exit__", "_acquire_restore", "_release_save"),
+    },
+    logging.__file__: {
+        *("acquire", "release", "handle", "flush", "close", "setStream", "set_name"),
+        *("_acquireLock", "_releaseLock", "_addHandlerRef", "_removeHandlerRef"),
+        *("isEnabledFor", "getLogger", "getChildren", "addHandler", "removeHandler"),
+        *("_clear_cache", "addLevelName", "basicConfig", "shutdown"),
+    },
+}
 _WEAK_FILES = {weakref.__file__, _weakrefset.__file__}
 _THRESHOLD = {"__enter__", "prepare_environment", "arm", "__exit__", "release_resources", "hold"}
 _PACKAGE = os.path.dirname(__file__)
 _BUSY = 1.0  # seconds that a handler takes at the most
+_LOCKING_LASTS = 1.0  # seconds for which locks that change hands are waited for
+_THRESHOLD_LASTS = 0.1  # seconds for which the way into or out of an environment is
 
 
 @attrs.define(eq=False, repr=False)  # signal.getsignal calls the repr
@@ -135,31 +146,34 @@ def takeover_of(handler: Any) -> Takeover | None:
     return owner if isinstance(owner, Takeover) else None
 
 
-def is_bad_moment(frame: FrameType | None, *, again: bool) -> bool:
+def is_bad_moment(frame: FrameType | None, *, waited: float) -> bool:
     """Whether what is raised here would get lost, or break something.
 
     Python prints what is raised in ``__del__``, in the callback of a weak reference or around a
     fork, and goes on; the DataLoader waits for its workers in a ``__del__``. What is raised while
-    a lock changes hands ends as "release unlocked lock", or leaves it locked; and on the way into
-    or out of an environment it would leave it half-way. There, to wait once is enough: ``again``
-    says that this was done.
+    a lock changes hands ends as "release unlocked lock", or leaves it locked: a program that logs
+    all the time has one good moment in a few. On the way into or out of an environment it would
+    leave that half-way. Both are tried again and again, but not for ever: ``waited``, in seconds,
+    says for how long already.
     """
     if _fork.under_way:
         return True
-    if frame is not None and not again and _is_locking(frame.f_code):
-        return True
+    is_interrupted = True
     while frame is not None:
         code = frame.f_code
+        if is_interrupted and waited < _LOCKING_LASTS and _is_locking(code):
+            return True
+        is_interrupted = code is Takeover._handle.__code__  # one that is just on its way back
         if code.co_name == "__del__" or code.co_filename in _WEAK_FILES:
             return True
-        if code is _Fork.before.__code__ or (not again and _is_threshold(code)):
+        if code is _Fork.before.__code__ or (waited < _THRESHOLD_LASTS and _is_threshold(code)):
             return True
         frame = frame.f_back
     return False
 
 
 def _is_locking(code: CodeType) -> bool:
-    return code.co_name in _LOCKING and code.co_filename in _LOCKING_FILES
+    return code.co_name in _LOCKING.get(code.co_filename, ())
 
 
 def _is_threshold(code: CodeType) -> bool:

@@ -29,7 +29,8 @@ from orchard_infra.handlers import Takeover, is_bad_moment, takeover_of
 from orchard_infra.masking import uninterrupted
 
 _JOIN = 5.0  # seconds that the end of a watch waits for its thread
-_AGAIN = 0.1  # seconds until a signal that came at a bad moment is tried again
+_AGAIN = 0.1  # seconds until a signal that a blocking call slept through is sent again
+_SOON = 0.02  # seconds until one that came at a bad moment is
 _THREAD = "orchard-infra-stop"
 _END = object()
 
@@ -179,7 +180,7 @@ class SignalWatch(Takeover):
     _under_way: Callable[[], object] = attrs.field(default=lambda: None, init=False)
     _holding: bool = attrs.field(default=False, init=False)
     _hold_until: float = attrs.field(default=0.0, init=False)  # monotonic, as is _due
-    _again_at: float = attrs.field(default=math.inf, init=False)
+    _tried_since: float = attrs.field(default=math.inf, init=False)
     _held: list[int] = attrs.field(factory=list, init=False)
     _due: float | None = attrs.field(default=None, init=False)  # when to signal ourselves
     _mail: queue.SimpleQueue[Any] = attrs.field(factory=queue.SimpleQueue, init=False)
@@ -265,11 +266,11 @@ class SignalWatch(Takeover):
             if first and self.config.mode == "flag":
                 return
         now = time.monotonic()
-        if is_bad_moment(frame, again=now >= self._again_at):
-            self._again_at = min(self._again_at, now + _AGAIN)
-            self._hold_back(signum, now + _AGAIN)
+        self._tried_since = min(self._tried_since, now)
+        if is_bad_moment(frame, waited=now - self._tried_since):
+            self._hold_back(signum, now + _SOON)
             return
-        self._again_at = math.inf
+        self._tried_since = math.inf
         for watch in watches:
             watch._due = None
             if signum in watch._held:
@@ -278,7 +279,7 @@ class SignalWatch(Takeover):
 
     def put_off(self, signum: int) -> None:
         """See `Takeover.put_off`."""
-        self._hold_back(signum, time.monotonic() + _AGAIN)
+        self._hold_back(signum, time.monotonic() + _SOON)
 
     def _around(self, signum: int) -> list[SignalWatch]:
         return [watch for watch in self.around(signum) if isinstance(watch, SignalWatch)]

@@ -53,16 +53,19 @@ def child_of(script: Script) -> psutil.Process:
     return _child(script.pid, is_witness=False)
 
 
-def wait_for_witness(pid: int) -> None:
-    """Until the wrapper can tell a signal for the whole group from one for itself."""
-    _child(pid, is_witness=True)
+def wait_for_witness(pid: int, *, after: int = 0) -> int:
+    """Until the wrapper can tell a signal for the whole group from one for itself.
+
+    Returns the pid of the witness; it is another one ``after`` the one that has seen a signal.
+    """
+    return _child(pid, is_witness=True, but=after).pid
 
 
-def _child(pid: int, *, is_witness: bool) -> psutil.Process:
+def _child(pid: int, *, is_witness: bool, but: int = 0) -> psutil.Process:
     def find() -> psutil.Process | None:
         for child in psutil.Process(pid).children():
             try:
-                if (COMMAND in child.cmdline()) == is_witness:
+                if (COMMAND in child.cmdline()) == is_witness and child.pid != but:
                     return child
             except psutil.NoSuchProcess:
                 pass

@@ -57,8 +57,9 @@ def test_a_signal_to_the_whole_group_comes_once(wrapper: Wrapper, name: str) -> 
 
 def test_a_signal_to_each_process_comes_once_again_and_again(wrapper: Wrapper) -> None:
     script = listen(wrapper, "TERM")
+    witness = 0
     for count in range(1, 4):
-        wait_for_witness(script.pid)
+        witness = wait_for_witness(script.pid, after=witness)
         # A scheduler signals every process of a job, one after the other.
         for process in psutil.Process(script.pid).children():
             process.terminate()
@@ -99,13 +100,13 @@ def test_a_stop_and_a_continue_to_the_wrapper_alone_take_the_command_along(
 
 
 def test_a_stop_right_after_a_continue_is_not_undone(wrapper: Wrapper) -> None:
-    """A stop takes back the SIGCONT that the witness has, so that it seems to be ours alone."""
+    """A Ctrl-Z that comes while the wrapper looks who else has got the SIGCONT."""
     script = listen(wrapper, preexec_fn=os.setpgrp)
     command = child_of(script)
     wait_for_witness(script.pid)
 
-    os.killpg(script.pid, signal.SIGCONT)
-    wait_until(lambda: not is_pending(script.pid, signal.SIGCONT))  # being looked into
+    send(script, signal.SIGCONT)
+    wait_until(lambda: not is_pending(script.pid, signal.SIGCONT))
     os.killpg(script.pid, signal.SIGTSTP)
 
     wait_until(lambda: is_stopped(script.pid) and is_stopped(command.pid))

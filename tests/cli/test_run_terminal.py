@@ -132,6 +132,40 @@ def test_ctrl_c_at_a_prompt_does_not_escalate(in_terminal: InTerminal) -> None:
     assert ended(child) == 3
 
 
+def test_a_prompt_that_is_slow_to_come_back_is_one(
+    wrapper: Wrapper, in_terminal: InTerminal
+) -> None:
+    """Between the line that it drops and the next prompt it has no keys to read."""
+    program = wrapper.script(
+        """
+        import signal, sys, termios, time
+        edited = termios.tcgetattr(0)
+        edited[3] &= ~termios.ICANON
+        usual = termios.tcgetattr(0)
+
+        def drop(signum, frame):
+            termios.tcsetattr(0, termios.TCSANOW, usual)
+            print("dropped", flush=True)
+            time.sleep(0.1)
+            termios.tcsetattr(0, termios.TCSANOW, edited)
+
+        signal.signal(signal.SIGINT, drop)
+        termios.tcsetattr(0, termios.TCSANOW, edited)
+        print("ready", flush=True)
+        sys.exit(3 if sys.stdin.read(1) == "q" else 1)
+        """
+    )
+    child = in_terminal(*RUN, "--", sys.executable, program)
+    child.expect_exact("ready")
+
+    for _ in range(3):
+        child.sendintr()
+        child.expect_exact("dropped")
+    child.send("q")
+
+    assert ended(child) == 3
+
+
 def test_a_shell_in_it_has_its_own_jobs(in_terminal: InTerminal) -> None:
     child = in_terminal(*RUN, "--", "bash", "--norc", "-i", env={"PS1": PROMPT})
     child.expect_exact(PROMPT)
