@@ -222,6 +222,7 @@ class _Fork:
     """
 
     under_way: list[bool] = attrs.field(factory=list)
+    ctrl_c: list[Any] = attrs.field(factory=list)  # its handler, while another one is in its place
     masks: list[set[int]] = attrs.field(factory=list)  # one, of what is blocked meanwhile, or none
 
     def register(self) -> None:
@@ -231,16 +232,32 @@ class _Fork:
             functools.reduce, _signal.pthread_sigmask, self.masks, signal.SIG_UNBLOCK
         )
         os.register_at_fork(before=self.before, after_in_child=self.in_child)
-        for step in (unblock, self.under_way.clear):
+        for step in (unblock, self.under_way.clear, self.give_ctrl_c_back):
             os.register_at_fork(after_in_parent=step, after_in_child=step)
 
     def before(self) -> None:
         self.under_way.append(True)
-        mask = set(_taken_over())
+        taken = _taken_over()
+        self.put_ctrl_c_off(taken)
+        mask = set(taken)
         if mask:
             mask -= signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self.masks[:] = [mask] if mask else []
         signal.pthread_sigmask(signal.SIG_BLOCK, mask)
+
+    def put_ctrl_c_off(self, taken: list[int]) -> None:
+        """Python prints a Ctrl-C in a hook and goes on, be it the one that unlocks logging."""
+        takeover = takeover_of(_signal.getsignal(taken[0])) if taken else None
+        if takeover is None or not takeover.is_live or not _is_in_main_thread():
+            return
+        handler = _signal.getsignal(signal.SIGINT)
+        if handler is signal.default_int_handler:
+            self.ctrl_c.append(handler)
+            _signal.signal(signal.SIGINT, lambda signum, frame: takeover.put_off(signum))
+
+    def give_ctrl_c_back(self) -> None:
+        if self.ctrl_c and _is_in_main_thread():
+            _signal.signal(signal.SIGINT, self.ctrl_c.pop())
 
     def in_child(self) -> None:
         for signum in _taken_over():
@@ -250,6 +267,10 @@ class _Fork:
 _fork = _Fork()
 if hasattr(os, "register_at_fork"):
     _fork.register()
+
+
+def _is_in_main_thread() -> bool:
+    return threading.get_ident() == threading.main_thread().ident
 
 
 def _taken_over() -> list[int]:

@@ -400,9 +400,14 @@ class SignalWatch(Takeover):
             # Once more if need be: a signal that comes right before a call blocks waits with it.
             self._due = now + _AGAIN
             signum = [*self._held, None if self._holding else self._signalled][0]
-            takeover = takeover_of(signal.getsignal(signum)) if signum else None
-            if signum is None or takeover is None or not takeover.is_live:
-                self._due = None
+            handler = signal.getsignal(signum) if signum else None
+            takeover = takeover_of(handler)
+            if signum in self._held and handler is signal.default_int_handler:
+                self._held.remove(signum)  # it was put off by a fork, and is Python's again
+                self._due = self._due if self._held else None
+            elif takeover is None or not takeover.is_live:
+                signum = self._due = None
+            if signum is None:
                 return
             if sys.platform == "win32":
                 import _thread

@@ -221,17 +221,20 @@ def test_a_signal_while_a_lock_changes_hands_waits_until_it_has(tmp_path):
     assert run.output.startswith("locked, and known to be\n")
 
 
-def test_a_signal_around_a_fork_is_not_swallowed_with_it(tmp_path):
-    hooks = """
+@pytest.mark.parametrize("mode", ["raise", "flag"])
+@pytest.mark.parametrize("hook", ["before", "after_in_parent"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_around_a_fork_is_not_swallowed_with_it(tmp_path, signum, hook, mode):
+    hooks = f"""
         import os, signal
         # Those of Python itself, which go before ours, are no better: logging locks in one.
-        def before():
-            os.kill(os.getpid(), signal.SIGTERM)
+        def hook():
+            os.kill(os.getpid(), {int(signum)})
             sum(range(10))
-        os.register_at_fork(before=before)
+        os.register_at_fork({hook}=hook)
     """
-    body = """
-        with Armed():
+    body = f"""
+        with Armed({mode!r}, deadline={0.1 if mode == "flag" else None}):
             pid = os.fork()
             if not pid:
                 os._exit(0)
@@ -240,7 +243,7 @@ def test_a_signal_around_a_fork_is_not_swallowed_with_it(tmp_path):
             time.sleep(1000)
     """
     run = run_python(tmp_path, textwrap.dedent(hooks) + source(body))
-    assert run.finish() == 143, run.transcript()
+    assert run.finish() == (143 if signum == signal.SIGTERM else -signum), run.transcript()
     assert "forked set()" in run.output
     assert "Exception ignored" not in run.error_output
 
