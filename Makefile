@@ -58,7 +58,7 @@ test-gpu: $(INSTALLED) ## Run the tests that need a GPU
 	$(GPU_PYTHON) -m pytest -m gpu
 
 chaos: $(INSTALLED) ## Break runs at random for long: KILLS=10000, and SEED=n to play it again
-	ORCHARD_CHAOS_KILLS=$(KILLS) ORCHARD_CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos -m chaos --capture=no
+	ORCHARD_CHAOS_KILLS=$(KILLS) ORCHARD_CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos -m chaos --capture=no -o faulthandler_timeout=0
 
 bench: $(INSTALLED) ## Run every benchmark
 	for script in benchmarks/[!_]*.py; do echo "$$script"; $(BIN)/python "$$script"; done

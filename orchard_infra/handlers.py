@@ -232,7 +232,7 @@ class _Fork:
             functools.reduce, _signal.pthread_sigmask, self.masks, signal.SIG_UNBLOCK
         )
         os.register_at_fork(before=self.before, after_in_child=self.in_child)
-        for step in (unblock, self.under_way.clear, self.give_ctrl_c_back):
+        for step in (unblock, self.give_ctrl_c_back, self.under_way.clear):
             os.register_at_fork(after_in_parent=step, after_in_child=step)
 
     def before(self) -> None:

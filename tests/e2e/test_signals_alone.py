@@ -248,6 +248,30 @@ def test_a_signal_around_a_fork_is_not_swallowed_with_it(tmp_path, signum, hook,
     assert "Exception ignored" not in run.error_output
 
 
+def test_a_signal_while_ctrl_c_is_given_back_after_a_fork_is_not_swallowed(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        from orchard_infra import handlers
+        is_in_main_thread = handlers._is_in_main_thread
+        def with_a_signal():
+            kill(signal.SIGTERM)
+            return is_in_main_thread()
+        with Armed():
+            handlers._is_in_main_thread = with_a_signal
+            pid = os.fork()
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            say(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+            time.sleep(1000)
+        """,
+    )
+    assert run.finish() == 143, run.transcript()
+    assert run.output.startswith("True\n")
+    assert "Exception ignored" not in run.error_output
+
+
 def test_asyncio_lets_it_through(tmp_path):
     run = start(
         tmp_path,
