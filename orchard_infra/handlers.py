@@ -269,6 +269,11 @@ if hasattr(os, "register_at_fork"):
     _fork.register()
 
 
+def is_forking() -> bool:
+    """Whether a signal that is sent now might be put off once more."""
+    return bool(_fork.under_way)
+
+
 def _is_in_main_thread() -> bool:
     return threading.get_ident() == threading.main_thread().ident
 

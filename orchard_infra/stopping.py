@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
-from orchard_infra.handlers import Takeover, is_bad_moment, takeover_of
+from orchard_infra.handlers import Takeover, is_bad_moment, is_forking, takeover_of
 from orchard_infra.masking import uninterrupted
 
 _JOIN = 5.0  # seconds that the end of a watch waits for its thread
@@ -396,6 +396,9 @@ class SignalWatch(Takeover):
         with self._sending:  # not while the watch ends: the default handler would end the process
             now = time.monotonic()
             if self._due is None or now < self._due:
+                return
+            if is_forking():
+                self._due = now + _SOON
                 return
             # Once more if need be: a signal that comes right before a call blocks waits with it.
             self._due = now + _AGAIN

@@ -248,6 +248,30 @@ def test_a_signal_around_a_fork_is_not_swallowed_with_it(tmp_path, signum, hook,
     assert "Exception ignored" not in run.error_output
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_ends_a_program_that_forks_all_the_time(tmp_path, signum):
+    runs = [
+        start(
+            tmp_path,
+            """
+            with Armed():
+                say("in")
+                while True:
+                    pid = os.fork()
+                    if not pid:
+                        os._exit(0)
+                    os.waitpid(pid, 0)
+            """,
+        )
+        for _ in range(4)
+    ]
+    for run in runs:
+        run.wait_for("in")
+        run.send_signal(signum)
+        assert run.finish() == (143 if signum == signal.SIGTERM else -signum), run.transcript()
+        assert "Exception ignored" not in run.error_output
+
+
 def test_a_signal_while_ctrl_c_is_given_back_after_a_fork_is_not_swallowed(tmp_path):
     run = start(
         tmp_path,
