@@ -84,9 +84,10 @@ def test_after_a_ctrl_c_the_same_signal_is_still_passed_on(
     wrapper: Wrapper, in_terminal: InTerminal
 ) -> None:
     child = listen(wrapper, in_terminal, "INT")
-    wait_for_witness(child.pid)
+    witness = wait_for_witness(child.pid)
     child.sendintr()
     child.expect_exact("got SIGINT")
+    wait_for_witness(child.pid, after=witness)  # while it is pending there is only one
 
     psutil.Process(child.pid).send_signal(signal.SIGINT)
 
