@@ -67,7 +67,7 @@ class Takeover:
         raise NotImplementedError
 
     def put_off(self, signum: int) -> None:
-        """The same for a signal that came while another one is acted upon: to be short."""
+        """Have it come again soon: another one is just acted upon, or a fork is under way."""
         raise NotImplementedError
 
     def take_over(self, signums: Iterable[Signals]) -> list[Signals]:
@@ -101,7 +101,7 @@ class Takeover:
         """
         ours = [s for s in self._previous if signal.getsignal(s) == self._handle]
         try:
-            if not ours or threading.current_thread() is not threading.main_thread():
+            if not ours or not _is_in_main_thread():
                 return []
             with _arrivals() as arrived:
                 for signum in ours:

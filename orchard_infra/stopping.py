@@ -268,7 +268,7 @@ class SignalWatch(Takeover):
         now = time.monotonic()
         self._tried_since = min(self._tried_since, now)
         if is_bad_moment(frame, waited=now - self._tried_since):
-            self._hold_back(signum, now + _SOON)
+            self.put_off(signum)
             return
         self._tried_since = math.inf
         for watch in watches:
