@@ -109,7 +109,7 @@ def _register(runs: int) -> None:
     import attrs
 
     from orchard_infra import RunRegistry
-    from orchard_infra.runs import describe_this_run
+    from orchard_infra.runs.record import describe_this_run
 
     registry = RunRegistry()
     for number in range(runs):

@@ -29,7 +29,7 @@ from orchard_infra import (
     RunState,
     managed_environment,
 )
-from orchard_infra.runs import describe_this_run, to_json
+from orchard_infra.runs.record import describe_this_run, to_json
 
 DEFAULT = "managed_environment, all defaults"
 NO_FLUSH = "managed_environment, no flusher"

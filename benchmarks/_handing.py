@@ -23,7 +23,7 @@ from orchard_infra import (
     Lease,
     managed_environment,
 )
-from orchard_infra.runs import describe_this_run
+from orchard_infra.runs.record import describe_this_run
 
 PATIENCE = 60.0  # seconds that everybody is told to wait for a lock
 

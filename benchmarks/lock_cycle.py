@@ -23,7 +23,7 @@ from orchard_infra import (
     RunState,
     managed_environment,
 )
-from orchard_infra.runs import describe_this_run
+from orchard_infra.runs.record import describe_this_run
 
 PEER = "portalocker.TemporaryFileLock"
 PIECES = "FileLock + RunRegistry"

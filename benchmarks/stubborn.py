@@ -24,9 +24,9 @@ from orchard_infra import (
     GhostSanitizer,
     InfrastructureManager,
     managed_environment,
-    processes,
 )
-from orchard_infra.terminating import stop_processes
+from orchard_infra.system import processes
+from orchard_infra.system.killing import stop_processes
 
 NUMBERS = (1, 8, 64)
 PARTS = ("stop_processes", "psutil's recipe", "managed_environment, leftovers")

@@ -8,12 +8,7 @@ import functools
 
 import attrs
 
-from orchard_infra import (
-    FlushReport,
-    InfrastructureManager,
-    TorchCacheFlusher,
-    managed_environment,
-)
+from orchard_infra import FlushReport, InfrastructureManager, TorchCacheFlusher, managed_environment
 
 
 @functools.cache

@@ -1,9 +1,8 @@
 """Every public name, gathered for `orchard_infra` to hand out when one is first asked for."""
 
-from orchard_infra.artifacts import Cleaner, CleanReport, TemporaryArtifacts
+from orchard_infra.artifacts.temporary import Cleaner, CleanReport, TemporaryArtifacts
 from orchard_infra.config import EnvironmentConfig, HardwareAwareConfig, HardwareConfig
-from orchard_infra.context import managed_environment
-from orchard_infra.devices import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
+from orchard_infra.devices.torch_caches import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
 from orchard_infra.environment import Environment, Report
 from orchard_infra.errors import (
     ConfigurationError,
@@ -15,10 +14,18 @@ from orchard_infra.errors import (
 from orchard_infra.launch import Launch
 from orchard_infra.locks.base import Lease, Locker
 from orchard_infra.locks.file import FileLock
+from orchard_infra.managed import managed_environment
 from orchard_infra.manager import InfraManagerProtocol, InfrastructureManager
-from orchard_infra.runs import RegisteredRun, RunRecord, RunRegistry, RunState, Survivor
-from orchard_infra.sanitizing import Finding, GhostSanitizer, Sanitizer, SanitizeReport, Scene
-from orchard_infra.stopping import RunStopped, SignalStop, Stopper, StopRequest, StopWatch
+from orchard_infra.runs.record import RunRecord, RunState, Survivor
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.sanitizing.ghosts import (
+    Finding,
+    GhostSanitizer,
+    Sanitizer,
+    SanitizeReport,
+    Scene,
+)
+from orchard_infra.stopping.signals import RunStopped, SignalStop, Stopper, StopRequest, StopWatch
 
 __all__ = [
     "CleanReport",

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 
 from orchard_infra.errors import ConfigurationError
-from orchard_infra.files import runtime_dir
+from orchard_infra.system.files import runtime_dir
 
 
 class _ByAttribute(type(Protocol)):  # type: ignore[misc]

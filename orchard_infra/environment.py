@@ -9,13 +9,13 @@ from pathlib import Path
 
 import attrs
 
-from orchard_infra.artifacts import CleanReport
-from orchard_infra.devices import FlushReport
+from orchard_infra.artifacts.temporary import CleanReport
+from orchard_infra.devices.torch_caches import FlushReport
 from orchard_infra.errors import LockLostError
 from orchard_infra.locks.base import Lease
-from orchard_infra.runs import RunRecord
-from orchard_infra.sanitizing import SanitizeReport
-from orchard_infra.stopping import StopRequest, StopWatch
+from orchard_infra.runs.record import RunRecord
+from orchard_infra.sanitizing.ghosts import SanitizeReport
+from orchard_infra.stopping.signals import StopRequest, StopWatch
 
 
 @attrs.define

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orchard_infra.runs import RunRecord, Survivor
+    from orchard_infra.runs.record import RunRecord, Survivor
 
 
 class InfrastructureError(RuntimeError):

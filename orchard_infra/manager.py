@@ -10,16 +10,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
-from orchard_infra.artifacts import Cleaner, TemporaryArtifacts
+from orchard_infra.artifacts.temporary import Cleaner, TemporaryArtifacts
 from orchard_infra.config import HardwareAwareConfig, read_config
-from orchard_infra.devices import Flusher, TorchCacheFlusher
+from orchard_infra.devices.torch_caches import Flusher, TorchCacheFlusher
 from orchard_infra.environment import Environment
 from orchard_infra.launch import Launch
 from orchard_infra.locks.base import Locker
 from orchard_infra.locks.file import FileLock
-from orchard_infra.sanitizing import GhostSanitizer, Sanitizer
+from orchard_infra.sanitizing.ghosts import GhostSanitizer, Sanitizer
 from orchard_infra.session import Session
-from orchard_infra.stopping import SignalStop, Stopper
+from orchard_infra.stopping.signals import SignalStop, Stopper
 
 _LOGGER_NAME = "Infrastructure"
 

@@ -39,7 +39,7 @@ def infra_config(
 @pytest.fixture
 def managed_env(infra_config: Callable[..., EnvironmentConfig]) -> Iterator[Environment]:
     """The environment around one test: prepared before it, released after it."""
-    from orchard_infra.context import managed_environment
+    from orchard_infra.managed import managed_environment
 
     with managed_environment(infra_config()) as env:
         yield env

@@ -14,28 +14,27 @@ from pathlib import Path
 
 import attrs
 
-from orchard_infra import processes
-from orchard_infra.artifacts import Cleaner
+from orchard_infra.artifacts.temporary import Cleaner
 from orchard_infra.config import Settings
-from orchard_infra.devices import Flusher
+from orchard_infra.devices.torch_caches import Flusher
 from orchard_infra.environment import Environment
 from orchard_infra.errors import ReleaseError
-from orchard_infra.keeping import Keeper
 from orchard_infra.launch import Launch
 from orchard_infra.locks.base import Locker
-from orchard_infra.masking import uninterrupted
-from orchard_infra.membership import Membership
-from orchard_infra.runs import (
+from orchard_infra.locks.keeper import Keeper
+from orchard_infra.runs.membership import Membership
+from orchard_infra.runs.record import (
     RUN_ID_VARIABLE,
-    Registration,
     RunRecord,
-    RunRegistry,
     RunState,
     Survivor,
     describe_this_run,
 )
-from orchard_infra.sanitizing import Sanitizer, Scene
-from orchard_infra.stopping import Stopper, StopWatch
+from orchard_infra.runs.registry import Registration, RunRegistry
+from orchard_infra.sanitizing.ghosts import Sanitizer, Scene
+from orchard_infra.stopping.signals import Stopper, StopWatch
+from orchard_infra.system import processes
+from orchard_infra.system.masking import uninterrupted
 
 
 @attrs.define(eq=False)

@@ -19,11 +19,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from orchard_infra import artifacts
-from orchard_infra.artifacts import Cleaner, CleanReport, TemporaryArtifacts
+from orchard_infra.artifacts import temporary as artifacts
+from orchard_infra.artifacts.temporary import Cleaner, CleanReport, TemporaryArtifacts
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.processes import read_stat
-from orchard_infra.runs import describe_this_run
+from orchard_infra.runs.record import describe_this_run
+from orchard_infra.system.processes import read_stat
 from support import (
     Script,
     as_nobody,
@@ -269,7 +269,7 @@ class TestTmpdir:
             f"""
             import os, sys
             from pathlib import Path
-            from orchard_infra.artifacts import TemporaryArtifacts
+            from orchard_infra.artifacts.temporary import TemporaryArtifacts
 
             cleaner = TemporaryArtifacts(base={str(base)!r}, set_tmpdir=True)
             tmp_dir = cleaner.tmp_dir_for({RUN_ID!r})
@@ -404,7 +404,7 @@ class TestRemovingADirectory:
         outside = write(tmp_path / "outside" / "file")
         source = f"""
             import subprocess
-            from orchard_infra.artifacts import TemporaryArtifacts
+            from orchard_infra.artifacts.temporary import TemporaryArtifacts
 
             cleaner = TemporaryArtifacts(base={str(base)!r})
             tmp_dir = cleaner.tmp_dir_for({RUN_ID!r})
@@ -644,7 +644,7 @@ class TestSharedMemory:
             tmp_path,
             f"""
             import fcntl, os
-            from orchard_infra import artifacts
+            from orchard_infra.artifacts import temporary as artifacts
 
             real = fcntl.fcntl
             def opened_meanwhile(fd, command, value):
@@ -683,7 +683,7 @@ class TestSharedMemory:
     ) -> None:
         left = self.leave(shm)
         source = f"""
-            from orchard_infra import artifacts
+            from orchard_infra.artifacts import temporary as artifacts
 
             artifacts._SHARED_MEMORY = {str(shm)!r}
             print(len(artifacts.TemporaryArtifacts().collect([]).kept))
@@ -991,7 +991,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(tmp_path: Path) -> None:
         tmp_path,
         """
         import sys
-        import orchard_infra.artifacts
+        import orchard_infra.artifacts.temporary
         print([name for name in ("tempfile", "shutil") if name in sys.modules])
         """,
     )

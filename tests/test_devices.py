@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 
-from orchard_infra.devices import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
+from orchard_infra.devices.torch_caches import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
 from support import run_python
 
 needs_torch = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def test_without_torch_it_stays_unimported(tmp_path: Path) -> None:
         tmp_path,
         """
         import sys
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
         print("ctypes" in sys.modules, "torch" in sys.modules)
         report = TorchCacheFlusher().flush(MemoryError())
         print(report.devices, report.failures, report.rss_before > 0, report.rss_after > 0)
@@ -68,7 +68,7 @@ def test_a_cuda_that_is_not_in_use_is_not_asked_anything(tmp_path: Path) -> None
         tmp_path,
         """
         import torch
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
 
         called = []
         def recording(name):
@@ -106,7 +106,7 @@ def test_the_cpu_build_is_a_silent_no_op_where_torch_accelerator_raises(tmp_path
         tmp_path,
         """
         import torch
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
         assert torch.zeros(3).sum() == 0
         if torch.accelerator.current_accelerator() is None:
             for empty_cache in (torch.accelerator.empty_cache, torch.mps.empty_cache):
@@ -156,7 +156,7 @@ def test_the_memory_of_many_freed_small_tensors_goes_back(tmp_path: Path) -> Non
         tmp_path,
         """
         import torch
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
 
         flush = TorchCacheFlusher(trim_heap=False).flush
         tensors = [torch.ones(4096) for _ in range(20_000)]    # 16 KiB each, 312 MiB
@@ -454,7 +454,7 @@ def test_a_real_tensor_is_freed_after_a_real_out_of_memory_error(tmp_path: Path)
         """
         import weakref
         import torch
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
 
         def train(refused):
             batch = torch.ones(1000)
@@ -649,7 +649,7 @@ def test_a_plug_in_device_is_emptied(tmp_path: Path) -> None:
         """
         import types
         import torch
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
 
         module = types.ModuleType("orchard")
         held = {"orchard": 800}
@@ -770,7 +770,7 @@ def test_ctrl_c_comes_through_even_while_a_device_does_not_answer(tmp_path: Path
         """
         import os, signal, sys, threading, time
         from types import SimpleNamespace
-        from orchard_infra.devices import TorchCacheFlusher
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
 
         def empty_cache():
             os.kill(os.getpid(), signal.SIGINT)

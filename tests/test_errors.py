@@ -15,7 +15,7 @@ from orchard_infra.errors import (
     LockLostError,
     ReleaseError,
 )
-from orchard_infra.runs import RunRecord, Survivor, describe_this_run
+from orchard_infra.runs.record import RunRecord, Survivor, describe_this_run
 from support import run_python
 
 HOLDER: RunRecord = describe_this_run("digits", lock="/locks/digits.lock")
@@ -97,7 +97,7 @@ def test_errors_cross_a_real_process_pool_whole(tmp_path):
         from concurrent.futures import ProcessPoolExecutor
 
         from orchard_infra.errors import EnvironmentLockedError, LockLostError, ReleaseError
-        from orchard_infra.runs import Survivor, describe_this_run
+        from orchard_infra.runs.record import Survivor, describe_this_run
 
         def fail(kind):
             if kind == "locked":

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from orchard_infra import files
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.files import (
+from orchard_infra.system import files
+from orchard_infra.system.files import (
     create_exclusive,
     open_existing,
     private_directory,
@@ -158,7 +158,7 @@ def test_a_place_that_cannot_be_written_to_is_an_error_that_says_what_to_set(tmp
         import os, sys
         from pathlib import Path
         from orchard_infra.errors import InfrastructureError
-        from orchard_infra.files import private_directory
+        from orchard_infra.system.files import private_directory
         closed = os.open(sys.argv[1], os.O_PATH)
         os.setgid(65534), os.setuid(65534)
         try:
@@ -382,7 +382,7 @@ def test_a_fifo_of_which_the_other_end_never_comes_hangs_nobody(tmp_path):
     os.mkfifo(tmp_path / "x")
     source = """
         import os
-        from orchard_infra import files
+        from orchard_infra.system import files
         files._refuse_unless_regular = lambda path, mode: None  # the race is lost, say
         for flags in (os.O_RDONLY, os.O_RDWR):
             os.close(files.open_existing("x", flags))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchard_infra.handlers import Takeover, is_bad_moment
+from orchard_infra.stopping.takeover import Takeover, is_bad_moment
 
 
 class Storm(Takeover):

@@ -12,15 +12,11 @@ from pathlib import Path
 import attrs
 import pytest
 
-from orchard_infra import membership, processes
-from orchard_infra.membership import Membership, command_of, is_ours, orphans_of, own_pids
-from orchard_infra.runs import (
-    RUN_ID_VARIABLE,
-    RegisteredRun,
-    RunRegistry,
-    RunState,
-    describe_this_run,
-)
+from orchard_infra.runs import membership
+from orchard_infra.runs.membership import Membership, command_of, is_ours, orphans_of, own_pids
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, describe_this_run
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system import processes
 from support import (
     Script,
     environment,
@@ -36,7 +32,8 @@ from support import (
 # to be, and waits for ever.
 RUN = """
     import json, os, signal, subprocess, sys
-    from orchard_infra.runs import RUN_ID_VARIABLE, RunRegistry, RunState, describe_this_run
+    from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, describe_this_run
+    from orchard_infra.runs.registry import RunRegistry
 
     def stay():
         signal.pause()
@@ -138,8 +135,8 @@ def start(tmp_path: Path, *kinds: str) -> Run:
 
 LOOK = """
     import json
-    from orchard_infra.membership import Membership
-    from orchard_infra.runs import RunRegistry
+    from orchard_infra.runs.membership import Membership
+    from orchard_infra.runs.registry import RunRegistry
 
     runs = RunRegistry().runs()
     dead = [run for run in runs if not run.is_live]
@@ -283,7 +280,7 @@ def test_a_reader_that_has_locked_a_dead_run_s_record_to_remove_it_is_no_survivo
     run.kill_leader()
     source = """
         import os, sys
-        from orchard_infra.runs import lock_descriptor
+        from orchard_infra.system.flock import lock_descriptor
         fd = os.open(sys.argv[1], os.O_RDWR)
         lock_descriptor(fd)
         print("locked", flush=True)
@@ -320,8 +317,8 @@ def test_we_and_ours_are_never_survivors(tmp_path):
     run.kill_leader()
     source = """
         import subprocess
-        from orchard_infra.membership import Membership
-        from orchard_infra.runs import RunRegistry
+        from orchard_infra.runs.membership import Membership
+        from orchard_infra.runs.registry import RunRegistry
         child = subprocess.Popen(["sleep", "1000"])
         runs = RunRegistry().runs()
         print("survivors", [s.pid for _, s in Membership(runs).survivors(runs)], flush=True)
@@ -371,7 +368,8 @@ def test_a_process_in_a_container_is_not_ours(tmp_path):
 def test_nothing_is_ours_where_proc_shows_somebody_else_s_pids(tmp_path):
     source = """
         import os
-        from orchard_infra import membership, processes
+        from orchard_infra.runs import membership
+        from orchard_infra.system import processes
         inside = [p for p in processes.all_pids() if membership.is_ours(p)]
         print("ours", inside, flush=True)
     """
@@ -409,7 +407,8 @@ def test_a_child_with_a_cleaned_environment_belongs_through_whoever_is_above_it(
     """Its parent is an orphan that the run started; above that one there is nobody."""
     source = """
         import os, subprocess, sys
-        from orchard_infra.runs import RUN_ID_VARIABLE, RunRegistry, describe_this_run
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
         record = describe_this_run("digits")
         registration = RunRegistry().register(record)
         os.environ[RUN_ID_VARIABLE] = record.run_id
@@ -477,8 +476,8 @@ def test_a_pid_that_a_leader_had_before_protects_nobody():
 def test_what_a_live_run_started_is_found_wherever_it_went(tmp_path, registry):
     source = """
         import json
-        from orchard_infra.membership import orphans_of
-        from orchard_infra.runs import RunRegistry
+        from orchard_infra.runs.membership import orphans_of
+        from orchard_infra.runs.registry import RunRegistry
         {run}
             if line.strip() == "orphans":
                 found = orphans_of(RunRegistry().find(record.run_id), record.run_id)
@@ -517,7 +516,7 @@ def test_without_a_record_only_what_was_executed_is_found():
 def test_kin_are_ancestors_descendants_and_the_other_workers_of_a_fork_pool(tmp_path):
     source = """
         import multiprocessing, os, subprocess, sys
-        from orchard_infra.membership import kin
+        from orchard_infra.runs.membership import kin
 
         def look(barrier):
             barrier.wait()
@@ -552,7 +551,7 @@ def test_a_twin_of_the_parent_is_no_kin(tmp_path):
     """Same command line, and both started by us: what makes kin is descent."""
     source = """
         import sys
-        from orchard_infra.membership import kin
+        from orchard_infra.runs.membership import kin
         print("ready", flush=True)
         sys.stdin.readline()
         print("kin", *kin(), flush=True)

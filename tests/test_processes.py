@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchard_infra import processes
-from orchard_infra.processes import ProcessIdentity
+from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
 from support import (
     Script,
     needs_another_user,
@@ -82,7 +82,7 @@ def test_a_pid_that_is_used_again_is_another_identity(tmp_path):
     """For real: in a pid namespace of its own a process may say which pid comes next."""
     source = """
         import os, time
-        from orchard_infra import processes
+        from orchard_infra.system import processes
 
         def child():
             read, write = os.pipe()
@@ -400,7 +400,7 @@ def test_real_and_effective_user_are_told_apart(tmp_path):
 def test_a_pid_namespace_of_its_own_is_told_from_ours(tmp_path):
     source = """
         import os
-        from orchard_infra import processes
+        from orchard_infra.system import processes
         print("inside", os.getpid(), processes.pid_namespace(), processes.all_pids(), flush=True)
         input()
     """

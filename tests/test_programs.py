@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 
 from orchard_infra import programs
-from orchard_infra.programs import Program, might_be_python, parse_command, parse_program, resolve
+from orchard_infra.sanitizing.programs import (
+    Program,
+    might_be_python,
+    parse_command,
+    parse_program,
+    resolve,
+)
 
 # Says who it is, and what it was given.
 WITNESS = """

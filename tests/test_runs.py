@@ -19,24 +19,23 @@ from pathlib import Path
 import attrs
 import pytest
 
-from orchard_infra import files, processes, runs
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.runs import (
+from orchard_infra.runs import registry as runs
+from orchard_infra.runs.record import (
     RECORD_LIMIT,
     RUN_ID_VARIABLE,
-    RegisteredRun,
     RunRecord,
-    RunRegistry,
     RunState,
     describe_this_run,
-    duration,
     from_json,
     leader_is_dead,
-    lock_descriptor,
-    printable,
     read_record,
     to_json,
 )
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system import files, processes
+from orchard_infra.system.flock import lock_descriptor
+from orchard_infra.system.text import duration, printable
 from support import (
     Script,
     is_running,
@@ -51,7 +50,8 @@ from support import (
 # A run that does what it is told: run, fork, close every descriptor, leave.
 RUN = """
     import os, signal, sys, time
-    from orchard_infra.runs import RunRegistry, RunState, describe_this_run
+    from orchard_infra.runs.registry import RunRegistry
+    from orchard_infra.runs.record import RunState, describe_this_run
 
     record = describe_this_run("digits")
     registration = RunRegistry().register(record)
@@ -362,7 +362,8 @@ def test_a_forked_child_that_leaves_takes_nothing_with_it(registry):
 def test_a_child_that_is_executed_holds_nothing_of_a_dead_run(tmp_path, registry):
     source = """
         import subprocess, sys
-        from orchard_infra.runs import RunRegistry, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        from orchard_infra.runs.record import describe_this_run
         record = describe_this_run("digits")
         registration = RunRegistry().register(record)
         child = subprocess.Popen(["sleep", "1000"], close_fds=False)
@@ -556,7 +557,9 @@ def test_no_live_record_is_removed_however_many_collect(tmp_path, registry):
     """Registrars verify that each of their records is there, is theirs and is locked."""
     registrar = """
         import os, sys
-        from orchard_infra.runs import RunRegistry, describe_this_run, lock_descriptor
+        from orchard_infra.runs.registry import RunRegistry
+        from orchard_infra.runs.record import describe_this_run
+        from orchard_infra.system.flock import lock_descriptor
         registry, failures = RunRegistry(), []
         print("ready", flush=True)
         sys.stdin.readline()
@@ -581,7 +584,7 @@ def test_no_live_record_is_removed_however_many_collect(tmp_path, registry):
     """
     collector = """
         import sys, threading
-        from orchard_infra.runs import RunRegistry
+        from orchard_infra.runs.registry import RunRegistry
         registry, removed, ended = RunRegistry(), 0, threading.Event()
         threading.Thread(target=lambda: (sys.stdin.readline(), ended.set())).start()
         print("ready", flush=True)
@@ -615,7 +618,7 @@ def test_readers_at_the_same_time_take_nobody_for_what_it_is_not(tmp_path, regis
         run.kill()
     reader = """
         import sys, time
-        from orchard_infra.runs import RunRegistry
+        from orchard_infra.runs.registry import RunRegistry
         live, dead = sys.argv[1].split(","), sys.argv[2].split(",")
         registry, wrong, looks = RunRegistry(), set(), 0
         print("ready", flush=True)
@@ -912,7 +915,8 @@ def test_any_command_line_makes_a_record_that_can_be_read(tmp_path, registry, wo
 def test_a_working_directory_of_any_length_makes_a_record_that_can_be_read(tmp_path, registry):
     source = """
         import os, sys
-        from orchard_infra.runs import RunRegistry, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        from orchard_infra.runs.record import describe_this_run
         for _ in range(60):
             os.mkdir(sys.argv[1])
             os.chdir(sys.argv[1])

@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchard_infra import processes, terminating
-from orchard_infra.processes import ProcessIdentity, identity_of
-from orchard_infra.terminating import StopOutcome, stop_processes
+from orchard_infra.system import killing as terminating
+from orchard_infra.system import processes
+from orchard_infra.system.killing import StopOutcome, stop_processes
+from orchard_infra.system.processes import ProcessIdentity, identity_of
 from support import Script, as_nobody, is_running, run_python, wait_gone, wait_until
 
 LINUX = sys.platform == "linux"
@@ -327,8 +328,8 @@ def test_nothing_is_signalled_that_must_never_be(tmp_path: Path) -> None:
             child = subprocess.run([sys.executable, __file__, "asks"])
             print("alive", child.returncode)
         else:
-            from orchard_infra.processes import ProcessIdentity, identity_of
-            from orchard_infra.terminating import stop_processes
+            from orchard_infra.system.processes import ProcessIdentity, identity_of
+            from orchard_infra.system.killing import stop_processes
 
             group = identity_of(os.getppid())
             asked = [
@@ -455,8 +456,8 @@ def test_what_becomes_our_child_by_losing_its_parent_does_not_stay_defunct(tmp_p
         + textwrap.dedent(
             """
             import ctypes
-            from orchard_infra.processes import children_of, descendants, identity_of
-            from orchard_infra.terminating import stop_processes
+            from orchard_infra.system.processes import children_of, descendants, identity_of
+            from orchard_infra.system.killing import stop_processes
 
             PR_SET_CHILD_SUBREAPER = 36  # as the first process of a container is
             assert ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0

@@ -22,20 +22,16 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from orchard_infra import processes
-from orchard_infra.artifacts import CleanReport, TemporaryArtifacts
+from orchard_infra.artifacts.temporary import CleanReport, TemporaryArtifacts
 from orchard_infra.cli import output
 from orchard_infra.cli.trees import memory_of
 from orchard_infra.launch import Launch
-from orchard_infra.membership import Membership, command_of
-from orchard_infra.runs import (
-    RegisteredRun,
-    RunRegistry,
-    RunState,
-    describe_this_run,
-    printable,
-)
-from orchard_infra.sanitizing import Finding, GhostSanitizer, SanitizeReport, Scene
+from orchard_infra.runs.membership import Membership, command_of
+from orchard_infra.runs.record import RunState, describe_this_run
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.sanitizing.ghosts import Finding, GhostSanitizer, SanitizeReport, Scene
+from orchard_infra.system import processes
+from orchard_infra.system.text import printable
 
 _TOLD = {"defunct": "leader"}
 _INDENT = 10  # columns

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.runs import RunRegistry, printable
+from orchard_infra.runs.registry import RunRegistry
+from orchard_infra.system.text import printable
 
 UNLIMITED = 100_000  # columns of what is no terminal: one line an item, for grep and awk
 NARROWEST = 40  # columns: below that, lines are left to be cut by the terminal

@@ -16,28 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from orchard_infra import processes
 from orchard_infra.cli.supervise import Interrupted, Supervisor, interruptible
 from orchard_infra.cli.waiting import WaitingHandler
 from orchard_infra.config import Settings
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, LockLostError
 from orchard_infra.launch import Launch
 from orchard_infra.locks.file import FileLease, FileLock
-from orchard_infra.runs import (
+from orchard_infra.runs.record import (
     RUN_ID_VARIABLE,
-    RegisteredRun,
-    Registration,
     RunRecord,
-    RunRegistry,
     RunState,
     Survivor,
     describe_this_run,
-    duration,
-    printable,
 )
+from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
+from orchard_infra.system import processes
+from orchard_infra.system.text import duration, printable
 
 if TYPE_CHECKING:
-    from orchard_infra.sanitizing import Scene
+    from orchard_infra.sanitizing.ghosts import Scene
 
 CANNOT_SET_UP = 125
 CANNOT_EXECUTE = 126
@@ -257,7 +254,7 @@ class _House:
     began: float = attrs.field(factory=processes.now)
 
     def stop_survivors(self, dead: RunRecord) -> tuple[Survivor, ...]:
-        from orchard_infra.sanitizing import GhostSanitizer
+        from orchard_infra.sanitizing.ghosts import GhostSanitizer
 
         return GhostSanitizer(grace=self.grace).stop_survivors(dead, self._scene())
 
@@ -265,7 +262,7 @@ class _House:
         runs = self.registry.runs()
         others = any(not r.is_live and r.record.lock == self.record.lock for r in runs)
         if others or "python" in os.path.basename(self.command[0]):
-            from orchard_infra.sanitizing import GhostSanitizer
+            from orchard_infra.sanitizing.ghosts import GhostSanitizer
 
             GhostSanitizer(grace=self.grace).sanitize(self._scene())
         dead = [run for run in runs if run.state is RunState.DEAD]
@@ -273,7 +270,7 @@ class _House:
             self._collect(runs, dead)
 
     def _scene(self) -> Scene:
-        from orchard_infra.sanitizing import Scene
+        from orchard_infra.sanitizing.ghosts import Scene
 
         return Scene(
             record=self.record,
@@ -286,8 +283,8 @@ class _House:
 
     def _collect(self, runs: tuple[RegisteredRun, ...], dead: list[RegisteredRun]) -> None:
         """Remove what dead runs left: first their files, last the record that proves them dead."""
-        from orchard_infra.artifacts import TemporaryArtifacts
-        from orchard_infra.membership import Membership
+        from orchard_infra.artifacts.temporary import TemporaryArtifacts
+        from orchard_infra.runs.membership import Membership
 
         outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}
         dead = [run for run in dead if run.record.run_id not in outlived]
@@ -312,7 +309,7 @@ class _Bystanders:
 
     def describe(self, pid: int) -> str | None:
         """Why this process is a bystander; None when it is not."""
-        from orchard_infra.membership import Membership
+        from orchard_infra.runs.membership import Membership
 
         if processes.started_with(pid, RUN_ID_VARIABLE, ("",)) is not None:
             return f"it opted out with an empty {RUN_ID_VARIABLE}"

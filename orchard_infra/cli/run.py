@@ -25,7 +25,7 @@ import click
 
 from orchard_infra.config import Settings, check_lock_path, check_project_name, default_lock_path
 from orchard_infra.errors import ConfigurationError
-from orchard_infra.runs import printable
+from orchard_infra.system.text import printable
 
 _EXAMPLES = """\b
 Examples:
@@ -67,7 +67,7 @@ def _seconds(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 def _complete_project(
     ctx: click.Context, parameter: click.Parameter, incomplete: str
 ) -> Sequence[Any]:
-    from orchard_infra.cli.output import complete_project  # loads rich
+    from orchard_infra.cli.output import complete_project
 
     return complete_project(ctx, parameter, incomplete)
 

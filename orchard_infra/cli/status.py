@@ -17,18 +17,14 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from orchard_infra import processes
 from orchard_infra.cli import output
 from orchard_infra.cli.trees import members_of, memory_of, survivors_of
-from orchard_infra.membership import Membership
-from orchard_infra.processes import ProcessIdentity
-from orchard_infra.runs import (
-    RegisteredRun,
-    RunRegistry,
-    RunState,
-    Survivor,
-    printable,
-)
+from orchard_infra.runs.membership import Membership
+from orchard_infra.runs.record import RunState, Survivor
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
+from orchard_infra.system.text import printable
 
 _SAMPLE = 0.2  # seconds between two looks at the processor time, for one look at the runs
 _PATH_WIDTH = 24  # columns for a path, where there are not enough for all

@@ -24,19 +24,15 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from orchard_infra import processes
 from orchard_infra.cli import output
 from orchard_infra.cli.trees import members_of, survivors_of
-from orchard_infra.membership import Membership, command_of, is_ours
-from orchard_infra.processes import ProcessIdentity
-from orchard_infra.runs import (
-    RUN_ID_VARIABLE,
-    RegisteredRun,
-    RunRegistry,
-    RunState,
-    printable,
-)
-from orchard_infra.terminating import StopOutcome, stop_processes
+from orchard_infra.runs.membership import Membership, command_of, is_ours
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system import processes
+from orchard_infra.system.killing import StopOutcome, stop_processes
+from orchard_infra.system.processes import ProcessIdentity
+from orchard_infra.system.text import printable
 
 NO_SUCH_RUN = 3
 INTERRUPTED = 128 + signal.SIGINT

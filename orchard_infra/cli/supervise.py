@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 
-from orchard_infra import processes
 from orchard_infra.cli.memory import OomCounter
 from orchard_infra.cli.terminal import Terminal
-from orchard_infra.processes import ProcessIdentity
+from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
 
 # Faults of our own code, what cannot be blocked, and what Python has set to be ignored.
 _NOT_OURS_TO_PASS = frozenset(
@@ -211,7 +211,7 @@ class Supervisor:
         if not left:
             self._give_terminal_back()
             return []
-        from orchard_infra.membership import command_of
+        from orchard_infra.runs.membership import command_of
 
         commands = {identity: command_of(identity.pid) for identity in left}
         spared = {i: reason for i in left if (reason := self.reason_to_spare(i.pid))}
@@ -237,7 +237,7 @@ class Supervisor:
 
     def survey(self) -> list[Leftover]:
         """What outlived the command, when that is to be left alone."""
-        from orchard_infra.membership import command_of
+        from orchard_infra.runs.membership import command_of
 
         self._give_terminal_back()
         return [Leftover(i.pid, command_of(i.pid), "left", "asked to") for i in self._below()]
@@ -245,8 +245,8 @@ class Supervisor:
     def _stop(
         self, targets: list[ProcessIdentity], commands: dict[ProcessIdentity, str]
     ) -> list[Leftover]:
-        from orchard_infra.membership import command_of
-        from orchard_infra.terminating import StopOutcome, stop_processes
+        from orchard_infra.runs.membership import command_of
+        from orchard_infra.system.killing import StopOutcome, stop_processes
 
         deadline = time.monotonic() + self.grace
 
@@ -367,7 +367,7 @@ class Supervisor:
                     with contextlib.suppress(ProcessLookupError, PermissionError):
                         os.kill(identity.pid, signal.SIGTERM)
         else:
-            from orchard_infra.terminating import stop_processes
+            from orchard_infra.system.killing import stop_processes
 
             self.tell(f"Ctrl-C for the third time: killing {self._name} and all below")
             stop_processes(self._below(), grace=0.0, spare=self._is_spared)

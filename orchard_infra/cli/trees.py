@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 import psutil
 
-from orchard_infra import processes
-from orchard_infra.membership import Membership, own_pids
-from orchard_infra.processes import ProcessIdentity
-from orchard_infra.runs import RUN_ID_VARIABLE, RegisteredRun, Survivor
+from orchard_infra.runs.membership import Membership, own_pids
+from orchard_infra.runs.record import RUN_ID_VARIABLE, Survivor
+from orchard_infra.runs.registry import RegisteredRun
+from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
 
 
 def survivors_of(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchard_infra.locks.file import FileLock
-from orchard_infra.runs import RunRecord, duration, printable
+from orchard_infra.runs.record import RunRecord
+from orchard_infra.system.text import duration, printable
 
 if TYPE_CHECKING:
     from rich.live import Live

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from orchard_infra.runs import RunRecord, Survivor
+from orchard_infra.runs.record import RunRecord, Survivor
 
 ClearDead = Callable[[RunRecord], Sequence[Survivor]]
 

@@ -19,22 +19,20 @@ from typing import Any
 
 import attrs
 
-from orchard_infra import files
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, LockLostError
 from orchard_infra.locks.base import ClearDead
-from orchard_infra.masking import uninterrupted
-from orchard_infra.runs import (
+from orchard_infra.runs.record import (
     RECORD_LIMIT,
     RECORD_START,
     RunRecord,
-    duration,
     leader_is_dead,
-    lock_descriptor,
-    printable,
     read_record,
     to_json,
-    unlock_descriptor,
 )
+from orchard_infra.system import files
+from orchard_infra.system.flock import lock_descriptor, unlock_descriptor
+from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system.text import duration, printable
 
 # A waiter asks this often, in seconds: the lock is its own some 6 ms after the release, for 1.5 %
 # of a core, most of it for waking up. The kernel's blocking wait has no time limit and cannot see

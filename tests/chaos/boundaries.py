@@ -14,20 +14,20 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import orchard_infra.files
-import orchard_infra.keeping
 import orchard_infra.locks.file
+import orchard_infra.locks.keeper
 import orchard_infra.runs
-import orchard_infra.sanitizing
+import orchard_infra.sanitizing.ghosts
 import orchard_infra.session
+import orchard_infra.system.files
 from chaos.observing import Journal
 from orchard_infra import FileLock, GhostSanitizer, RunRegistry, SignalStop, TemporaryArtifacts
-from orchard_infra.devices import TorchCacheFlusher
-from orchard_infra.keeping import Keeper
+from orchard_infra.devices.torch_caches import TorchCacheFlusher
 from orchard_infra.locks.file import FileLease, _Attempt
-from orchard_infra.runs import Registration
+from orchard_infra.locks.keeper import Keeper
+from orchard_infra.runs.registry import Registration
 from orchard_infra.session import Session
-from orchard_infra.stopping import SignalWatch
+from orchard_infra.stopping.signals import SignalWatch
 
 # The steps that a session takes and the ones that they consist of. A name that the package has
 # no more is an error here, so that nothing goes uncovered in silence.

@@ -42,7 +42,7 @@ from orchard_infra import (
     managed_environment,
 )
 from orchard_infra.locks.file import FileLease
-from orchard_infra.stopping import SignalWatch
+from orchard_infra.stopping.signals import SignalWatch
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

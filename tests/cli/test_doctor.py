@@ -202,7 +202,7 @@ torn line
     ],
 )
 def test_what_a_file_system_means_for_a_lock_is_told(path, level, words):
-    from orchard_infra.cli.checks import file_system_at
+    from orchard_infra.cli.doctor.checks import file_system_at
 
     found = file_system_at(Path(path), MOUNTS).judge()
     assert found[0].value == level
@@ -317,7 +317,7 @@ def test_a_wrong_lock_path_is_an_error_in_one_line(tmp_path):
     ],
 )
 def test_a_cleaner_of_old_files_is_found_by_its_configuration(tmp_path, texts, directory, found):
-    from orchard_infra.cli.checks import cleaner_that_reaches
+    from orchard_infra.cli.doctor.checks import cleaner_that_reaches
 
     for name, text in texts.items():
         path = tmp_path / name

@@ -28,7 +28,10 @@ TRAIN = """
             signal.pause()
 
     from orchard_infra import (
-        EnvironmentConfig, EnvironmentLockedError, GhostSanitizer, InfrastructureManager,
+        EnvironmentConfig,
+        EnvironmentLockedError,
+        GhostSanitizer,
+        InfrastructureManager,
         managed_environment,
     )
 

@@ -16,7 +16,7 @@ from support import Script, require_module, run_command, run_python, wait_gone, 
 
 PRELUDE = """
 import logging, os, signal, sys, threading, time
-from orchard_infra.stopping import RunStopped, SignalStop
+from orchard_infra.stopping.signals import RunStopped, SignalStop
 
 logging.basicConfig(level=logging.DEBUG)
 log = logging.getLogger("run")
@@ -277,7 +277,7 @@ def test_a_signal_while_ctrl_c_is_given_back_after_a_fork_is_not_swallowed(tmp_p
     run = start(
         tmp_path,
         """
-        from orchard_infra import handlers
+        from orchard_infra.stopping import takeover as handlers
         is_in_main_thread = handlers._is_in_main_thread
         def with_a_signal():
             kill(signal.SIGTERM)
@@ -449,7 +449,7 @@ def test_a_deadline_that_has_begun_to_signal_is_waited_for(tmp_path):
     run = start(
         tmp_path,
         """
-        import orchard_infra.stopping
+        import orchard_infra.stopping.signals
         orchard_infra.stopping._JOIN = 0.0
         send, sending, ending = signal.pthread_kill, threading.Event(), threading.Event()
         def slowly(*args):
@@ -572,7 +572,7 @@ def test_a_callback_that_hangs_keeps_the_release_waiting_for_a_bounded_time(tmp_
     run = start(
         tmp_path,
         """
-        import orchard_infra.stopping
+        import orchard_infra.stopping.signals
         orchard_infra.stopping._JOIN = 0.05
         with Armed(hold_limit=0.05) as watch:
             watch.on_stop(lambda request: time.sleep(1000))

@@ -399,7 +399,7 @@ def test_a_ctrl_c_as_the_release_begins_leaves_it_whole_and_so_does_the_next(tmp
         """
         import os, signal, sys
         from orchard_infra import *
-        from orchard_infra.stopping import SignalWatch
+        from orchard_infra.stopping.signals import SignalWatch
 
         def press():
             os.kill(os.getpid(), signal.SIGINT)

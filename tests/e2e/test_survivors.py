@@ -276,7 +276,8 @@ def test_a_double_fork_that_happens_during_the_look_is_found(tmp_path, seen):
     that it is looked at: found by chaos, and made to happen here."""
     source = """
         import os, sys, time
-        from orchard_infra import EnvironmentConfig, managed_environment, processes
+        from orchard_infra import EnvironmentConfig, managed_environment
+        from orchard_infra.system import processes
 
         def stale_list():
             processes.parents = parents
@@ -338,7 +339,10 @@ def test_children_from_before_the_block_and_excluded_ones_are_left(tmp_path):
         """
         import os, subprocess, sys
         from orchard_infra import (
-            EnvironmentConfig, GhostSanitizer, InfrastructureManager, managed_environment,
+            EnvironmentConfig,
+            GhostSanitizer,
+            InfrastructureManager,
+            managed_environment,
         )
         before = subprocess.Popen(["sleep", "1000"])
         excluded = []

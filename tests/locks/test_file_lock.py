@@ -18,7 +18,7 @@ import pytest
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, LockLostError
 from orchard_infra.locks import file as file_lock
 from orchard_infra.locks.file import FileLease, FileLock
-from orchard_infra.runs import RunRecord, describe_this_run, to_json
+from orchard_infra.runs.record import RunRecord, describe_this_run, to_json
 from support import run_python, wait_until
 
 LOG = logging.getLogger("test")
@@ -28,7 +28,7 @@ HOLDER = """
     import logging, sys
     from pathlib import Path
     from orchard_infra.locks.file import FileLock
-    from orchard_infra.runs import describe_this_run
+    from orchard_infra.runs.record import describe_this_run
 
     logging.basicConfig(level=logging.INFO)
     path = Path(sys.argv[1])
@@ -212,7 +212,7 @@ CONTENDER = """
     from pathlib import Path
     from orchard_infra.locks import file as file_lock
     from orchard_infra.locks.file import FileLock
-    from orchard_infra.runs import describe_this_run
+    from orchard_infra.runs.record import describe_this_run
 
     if "--without-inode-check" in sys.argv:
         file_lock.files.same_file = lambda fd, path: True

@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchard_infra.processes import split_cmdline
-from orchard_infra.programs import Program, might_be_python, parse_command, parse_program
+from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, parse_program
+from orchard_infra.system.processes import split_cmdline
 
 # Words as the kernel has them: any bytes without a NUL.
 raw_words = st.binary(max_size=12).map(lambda word: word.replace(b"\0", b"0"))

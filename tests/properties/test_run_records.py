@@ -11,21 +11,20 @@ import attrs
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchard_infra.runs import (
+from orchard_infra.runs.record import (
     RECORD_LIMIT,
     RECORD_START,
     RunRecord,
-    RunRegistry,
     RunState,
     _clip,
     _cut,
     describe_this_run,
-    duration,
     from_json,
-    printable,
     read_record,
     to_json,
 )
+from orchard_infra.runs.registry import RunRegistry
+from orchard_infra.system.text import duration, printable
 
 unhurried = settings(deadline=None)  # the machine may be busy with everybody else's tests
 

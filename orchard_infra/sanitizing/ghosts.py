@@ -30,8 +30,7 @@ from typing import Literal, Protocol
 
 import attrs
 
-from orchard_infra import processes
-from orchard_infra.membership import (
+from orchard_infra.runs.membership import (
     Membership,
     command_of,
     has_led_a_run,
@@ -40,18 +39,13 @@ from orchard_infra.membership import (
     orphans_of,
     own_pids,
 )
-from orchard_infra.processes import ProcessIdentity
-from orchard_infra.programs import Program, might_be_python, parse_command, resolve
-from orchard_infra.runs import (
-    RUN_ID_VARIABLE,
-    RegisteredRun,
-    RunRecord,
-    RunRegistry,
-    RunState,
-    Survivor,
-    printable,
-)
-from orchard_infra.terminating import stop_processes
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, RunState, Survivor
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, resolve
+from orchard_infra.system import processes
+from orchard_infra.system.killing import stop_processes
+from orchard_infra.system.processes import ProcessIdentity
+from orchard_infra.system.text import printable
 
 # What decides which device a program sees. CUDA, ROCm, Intel, Ascend, containers of NVIDIA's.
 _DEVICE_VARIABLES = (

@@ -20,10 +20,10 @@ from typing import Protocol
 
 import attrs
 
-from orchard_infra import processes
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.files import describe_kind, owner_name
-from orchard_infra.runs import printable
+from orchard_infra.system import processes
+from orchard_infra.system.files import describe_kind, owner_name
+from orchard_infra.system.text import printable
 
 _PREFIX = "orchard-infra-"
 _SHARED_MEMORY = "/dev/shm"

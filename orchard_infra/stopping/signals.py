@@ -25,8 +25,8 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
-from orchard_infra.handlers import Takeover, is_bad_moment, is_forking, takeover_of
-from orchard_infra.masking import uninterrupted
+from orchard_infra.stopping.takeover import Takeover, is_bad_moment, is_forking, takeover_of
+from orchard_infra.system.masking import uninterrupted
 
 _JOIN = 5.0  # seconds that the end of a watch waits for its thread
 _AGAIN = 0.1  # seconds until a signal that a blocking call slept through is sent again

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from orchard_infra.cli import output
-from orchard_infra.cli.checks import Check, Level, Patient, examine
+from orchard_infra.cli.doctor.checks import Check, Level, Patient, examine
 from orchard_infra.config import check_lock_path
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}

@@ -16,9 +16,10 @@ from typing import TypeAlias, TypeVar
 
 import attrs
 
-from orchard_infra import processes
-from orchard_infra.processes import ProcessIdentity
-from orchard_infra.runs import RUN_ID_VARIABLE, RegisteredRun, RunRegistry, RunState, Survivor
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, Survivor
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
 
 _Proof = TypeVar("_Proof")
 _Live: TypeAlias = tuple[

@@ -38,7 +38,7 @@ _LOCKING = {
 }
 _WEAK_FILES = {weakref.__file__, _weakrefset.__file__}
 _THRESHOLD = {"__enter__", "prepare_environment", "arm", "__exit__", "release_resources", "hold"}
-_PACKAGE = os.path.dirname(__file__)
+_PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _BUSY = 1.0  # seconds that a handler takes at the most
 _LOCKING_LASTS = 1.0  # seconds for which locks that change hands are waited for
 _THRESHOLD_LASTS = 0.1  # seconds for which the way into or out of an environment is
@@ -177,7 +177,7 @@ def _is_locking(code: CodeType) -> bool:
 
 
 def _is_threshold(code: CodeType) -> bool:
-    return code.co_name in _THRESHOLD and os.path.dirname(code.co_filename) == _PACKAGE
+    return code.co_name in _THRESHOLD and code.co_filename.startswith(_PACKAGE)
 
 
 @contextlib.contextmanager

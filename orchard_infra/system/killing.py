@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 
-from orchard_infra import processes
-from orchard_infra.masking import uninterrupted
-from orchard_infra.processes import ProcessIdentity
+from orchard_infra.system import processes
+from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system.processes import ProcessIdentity
 
 # A kernel, a sandbox or a limit that does not give us a pidfd. Anything else says that there is
 # no such process, or that the number is that of a thread.

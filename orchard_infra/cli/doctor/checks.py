@@ -24,21 +24,15 @@ from pathlib import Path
 import attrs
 import psutil
 
-from orchard_infra import files, processes
 from orchard_infra.cli import output
 from orchard_infra.config import default_lock_path
 from orchard_infra.errors import InfrastructureError
 from orchard_infra.launch import Launch
-from orchard_infra.membership import Membership, command_of, own_pids
-from orchard_infra.runs import (
-    RegisteredRun,
-    RunRegistry,
-    RunState,
-    leader_is_dead,
-    lock_descriptor,
-    read_record,
-    unlock_descriptor,
-)
+from orchard_infra.runs.membership import Membership, command_of, own_pids
+from orchard_infra.runs.record import RunState, leader_is_dead, read_record
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system import files, processes
+from orchard_infra.system.flock import lock_descriptor, unlock_descriptor
 
 _PATIENCE = 120.0  # seconds for a child process that imports torch from a slow disk
 _DOCKER_SHM = 64 * 2**20  # bytes of /dev/shm in a container that nobody asked more for
@@ -740,7 +734,7 @@ def _python(code: str, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 _LOCKER = """
 import os, sys
-from orchard_infra.runs import lock_descriptor
+from orchard_infra.system.flock import lock_descriptor
 print("taken" if lock_descriptor(os.open(sys.argv[1], os.O_RDWR)) else "refused")
 """
 

@@ -13,7 +13,7 @@ from orchard_infra.config import HardwareAwareConfig, read_config
 from orchard_infra.environment import Environment
 from orchard_infra.errors import InfrastructureError
 from orchard_infra.manager import InfraManagerProtocol, InfrastructureManager
-from orchard_infra.runs import describe_this_run
+from orchard_infra.runs.record import describe_this_run
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -1,0 +1,1 @@
+"""Temporary files: what a run makes, and what dead runs left."""

@@ -1,0 +1,1 @@
+"""`orchard-infra doctor`: whether runs can be protected here."""

@@ -1,0 +1,1 @@
+"""Giving memory back: device caches, out-of-memory frames, the heap."""

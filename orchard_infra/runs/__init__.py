@@ -1,0 +1,1 @@
+"""Runs: the record, the registry, and which process belongs to which run."""

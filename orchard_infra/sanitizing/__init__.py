@@ -1,0 +1,1 @@
+"""Ghosts: who they are, and how they are stopped."""

@@ -1,0 +1,1 @@
+"""Signals that ask a run to stop."""

@@ -1,0 +1,1 @@
+"""What stands on the operating system: processes, files, locks, signal masks, text."""
