@@ -1,39 +1,48 @@
-"""What a run sees of its environment: the object that a with-block yields."""
+"""What a run sees of its environment, and what a strategy is given."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from signal import Signals
+from typing import Any, Protocol
 
 import attrs
 
-from orchard_infra.artifacts.temporary import CleanReport
-from orchard_infra.devices.torch_caches import FlushReport
 from orchard_infra.errors import LockLostError
 from orchard_infra.locks.base import Lease
-from orchard_infra.runs.record import RunRecord
-from orchard_infra.sanitizing.ghosts import SanitizeReport
-from orchard_infra.stopping.signals import StopRequest, StopWatch
+from orchard_infra.report import Report
+from orchard_infra.runs.record import RunRecord, RunState, Survivor
+from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
+from orchard_infra.system import background
+from orchard_infra.system.background import Callbacks, Task
 
 
-@attrs.define
-class Report:
-    """What was done for a run; complete once the block has ended.
+class Strategy(Protocol):
+    """One job that is done around a run. `InfrastructureManager` takes one for each job.
 
-    Times are in seconds. ``collected`` is what dead runs had left, ``cleaned`` what this one
-    left; both are None where no cleaner was asked. ``failures`` are those of the release.
+    The body of the ``with`` runs within what ``around`` returns, which is told of its end: the
+    error that the run ended with arrives in ``__exit__``, whatever other strategies raised. What
+    ``__exit__`` returns is ignored, so no strategy can swallow an error of the run.
     """
 
-    prepare_seconds: float = 0.0
-    release_seconds: float = 0.0
-    sanitized: SanitizeReport = attrs.field(factory=SanitizeReport)
-    leftovers: SanitizeReport = attrs.field(factory=SanitizeReport)
-    flushed: FlushReport | None = None
-    collected: CleanReport | None = None
-    cleaned: CleanReport | None = None
-    failures: tuple[BaseException, ...] = ()
+    def around(self, env: Environment) -> AbstractContextManager[object]: ...
+
+
+@attrs.frozen
+class StopRequest:
+    """Why a run should stop, and since when (epoch seconds). ``signal`` is None if it was none."""
+
+    reason: str
+    at: float
+    signal: Signals | None = None
+
+
+def _default_logger() -> logging.Logger:
+    return logging.getLogger("Infrastructure")
 
 
 @attrs.define(eq=False)
@@ -41,20 +50,57 @@ class Environment:
     """The environment of one run.
 
     ``tmp_dir`` goes away with the run; None where no cleaner keeps one. ``joined`` says that this
-    process was started by the run that holds the lock, and takes part in it.
+    process was started by the run that holds the lock, and takes part in it. ``is_leader`` is False
+    in a rank other than 0 of a distributed job: such a one neither locks nor sanitizes.
+
+    A copy of an environment is the environment itself: `copy.deepcopy` of an object that contains
+    one, or `dataclasses.asdict`, must not give its lock away. In another process a pickled one
+    holds nothing, and cannot be released.
+
+    For strategies: ``registry`` has all runs on record, ``reason_not_to_kill`` says why no process
+    may be stopped (None when it may be), and ``command`` what the run executes where that is
+    not this very process.
     """
 
     run: RunRecord
     lock_path: Path
     tmp_dir: Path | None = None
     joined: bool = False
+    is_leader: bool = True
     report: Report = attrs.field(factory=Report)
-    _logger: logging.Logger = attrs.field(
-        factory=lambda: logging.getLogger("Infrastructure"), repr=False
-    )
+    logger: logging.Logger = attrs.field(factory=_default_logger, repr=False)
+    registry: RunRegistry = attrs.field(factory=RunRegistry, repr=False)
+    reason_not_to_kill: str | None = attrs.field(default="allow_process_kill is False", repr=False)
+    command: tuple[str, ...] | None = attrs.field(default=None, repr=False)
     _lease: Lease | None = attrs.field(default=None, repr=False)
-    _watch: StopWatch | None = attrs.field(default=None, repr=False)
-    _lost: LockLostError | None = attrs.field(default=None, repr=False)
+    _registration: Registration | None = attrs.field(default=None, repr=False)
+    _clear_dead: Callable[[RunRecord], Sequence[Survivor]] | None = attrs.field(
+        default=None, repr=False
+    )
+    _closer: Callable[[], None] | None = attrs.field(default=None, repr=False)
+    _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
+    _dead: list[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
+    _lost: LockLostError | None = attrs.field(default=None, init=False, repr=False)
+    _requested: StopRequest | None = attrs.field(default=None, init=False, repr=False)
+    _callbacks: Callbacks[StopRequest] = attrs.field(init=False, repr=False)
+    _announcement: Task = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._callbacks = Callbacks(self.logger)
+        self._announcement = Task(self._announce)
+
+    def __copy__(self) -> Environment:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Environment:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _snapshot, (
+            self.run, self.lock_path, self.tmp_dir, self.joined, self.is_leader, self.report,
+        )  # fmt: skip
+
+    # For the run.
 
     @property
     def lock_lost(self) -> bool:
@@ -67,19 +113,28 @@ class Environment:
 
         For a loop that finishes its step and saves a checkpoint first.
         """
-        if self._watch is not None:
-            return self._watch.requested
-        if self._lost is not None:
-            return StopRequest(reason=str(self._lost), at=time.time())
-        return None
+        return self._requested
 
     def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
-        """Have ``callback`` called once a stop is requested, outside of the signal handler.
+        """Have ``callback`` called in another thread once a stop is requested, or now if it is.
 
-        Without a stopper it is never called.
+        Callbacks are called one after the other, in the order in which they were given. The
+        release waits for them, for a bounded time; what they raise is logged.
         """
-        if self._watch is not None:
-            self._watch.on_stop(callback)
+        self._callbacks.add(callback)
+        if self._requested is not None:
+            self._callbacks.call(self._requested)
+
+    def request_stop(self, reason: str, signum: Signals | None = None) -> None:
+        """Ask the run to stop, from any thread or signal handler. Nothing is raised into it.
+
+        The first request counts. Whether the body looks at `stop_requested` is its own affair.
+        """
+        # In a signal handler nothing may be logged or locked: the background thread does it.
+        if self._requested is None:
+            self._requested = StopRequest(reason, time.time(), signum)
+            self._announcement.due = 0.0
+            background.wake()
 
     def verify(self) -> None:
         """Ask now whether the lock is still ours: before a checkpoint is written, say.
@@ -97,11 +152,72 @@ class Environment:
             self.lose(error)
             raise
 
+    def close(self) -> None:
+        """Release this environment, and no other one. Twice is once.
+
+        For one that was made by `managed_environment.open` or `prepare_environment`.
+
+        Raises:
+            ReleaseError: Steps failed.
+        """
+        if self._closer is not None:
+            self._closer()
+
+    # For strategies.
+
+    def before_release(self, step: Callable[[], object]) -> None:
+        """Have ``step`` carried out when the body has ended, before any strategy is left."""
+        self._before_release.append(step)
+
     def lose(self, error: LockLostError) -> None:
         """Note that the lock is lost. A run is asked to stop then, and never interrupted."""
         if self._lost is not None:
             return
         self._lost = error
-        self._logger.error("%s", error, extra={"lock_path": error.lock_path})
-        if self._watch is not None:
-            self._watch.request(str(error))
+        self.logger.error("%s", error)
+        self.request_stop(str(error))
+
+    def clear_dead(self, dead: RunRecord) -> Sequence[Survivor]:
+        """Stop what still lives of a run whose leader is dead, where that is allowed. Returns what
+        had to be left.
+        """
+        return () if self._clear_dead is None else self._clear_dead(dead)
+
+    def put_on_record(self, **changes: Any) -> None:
+        """Change fields of the run's record, as `attrs.evolve` does, for everybody to read."""
+        self.run = attrs.evolve(self.run, **changes)
+        if self._registration is not None:
+            self._registration.update(self.run, RunState.RUNNING)
+
+    @property
+    def dead_runs(self) -> Sequence[RegisteredRun]:
+        """Runs that are over and of which no process lives: what they left may be removed. Looked
+        for once; the records go when the environment is ready, unless the run's files stay.
+        """
+        if self._dead is None:
+            self._dead = self.registry.dead_runs(without=self.run.run_id)
+        return self._dead
+
+    def _announce(self) -> None:
+        request = self._requested
+        if request is not None:
+            # Records of the standard library: a logger that is no `logging.Logger` takes them too.
+            self.logger.warning("stop requested: %s", request.reason)
+            self._callbacks.call(request)
+
+    def _begin(self) -> None:
+        background.add(self._announcement)
+
+    def _end(self) -> None:
+        background.remove(self._announcement)
+
+
+def _snapshot(
+    run: RunRecord,
+    lock_path: Path,
+    tmp_dir: Path | None,
+    joined: bool,
+    is_leader: bool,
+    report: Report,
+) -> Environment:
+    return Environment(run, lock_path, tmp_dir, joined, is_leader, report)

@@ -1,22 +1,44 @@
-"""What a lock is to the manager: a locker that gives a lease, or says who has it."""
+"""The contract of a lock: one attempt at a time, and a lease when it succeeds.
+
+Waiting, logging who is waited for, dead holders and re-entry are the same for every lock, and
+live in `orchard_infra.locks.acquiring`.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from orchard_infra.runs.record import RunRecord, Survivor
+import attrs
 
-ClearDead = Callable[[RunRecord], Sequence[Survivor]]
+from orchard_infra.runs.record import RunRecord
+
+
+@attrs.frozen
+class LockKey:
+    """What is locked: a project, and the path that stands for it on this machine."""
+
+    project: str
+    path: Path
+
+
+@attrs.frozen
+class Held:
+    """The lock is taken. ``holder`` is who left a record in it; None where nobody did (yet)."""
+
+    holder: RunRecord | None = None
 
 
 class Lease(Protocol):
-    """A lock that is held. It can be verified, lost and released.
+    """A lock that is held by this process. Copies of it are the same object.
 
-    ``interval`` is how often, in seconds, it wants to be renewed in the background.
+    ``record`` is the run that it was taken for. ``interval`` is how often, in seconds, it wants
+    to be renewed in the background.
     """
+
+    @property
+    def record(self) -> RunRecord: ...
 
     @property
     def interval(self) -> float: ...
@@ -34,23 +56,43 @@ class Lease(Protocol):
         ...
 
 
-class Locker(Protocol):
-    """A mutex on a project, at most one run holds it."""
+@runtime_checkable
+class Lock(Protocol):
+    """A mutex on a project: at most one run holds it.
 
-    def acquire(
-        self, path: Path, record: RunRecord, *, clear_dead: ClearDead, logger: logging.Logger
-    ) -> Lease:
-        """Take the lock that ``path`` names and leave ``record`` in it.
+    ``timeout`` is how long to wait for another run, in seconds: 0 fails at once, None waits for
+    ever.
+    """
 
-        ``clear_dead`` is called with the record of a holder whose leader is dead. It stops what
-        still lives of that run, where it may, and returns what it had to leave.
+    @property
+    def timeout(self) -> float | None: ...
+
+    def try_acquire(self, key: LockKey, record: RunRecord) -> Lease | Held:
+        """Try once, without waiting. A lease carries ``record`` from the first moment.
 
         Raises:
-            EnvironmentLockedError: Another run holds it, or the survivors of one do.
             InfrastructureError: It cannot be taken at all.
         """
         ...
 
-    def holder(self, path: Path) -> RunRecord | None:
+    def holder(self, key: LockKey) -> RunRecord | None:
         """The record of the run that has the lock now, or had it last; None when unknown."""
+        ...
+
+
+class Place(Protocol):
+    """A place in the queue of those who wait for a lock."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is this one's turn to try for the lock."""
+        ...
+
+
+@runtime_checkable
+class QueuedLock(Lock, Protocol):
+    """A lock whose waiters stand in line. The queue is never needed for exclusion."""
+
+    def queue(self, key: LockKey) -> AbstractContextManager[Place]:
+        """Stand in line for as long as the block lasts."""
         ...

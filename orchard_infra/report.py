@@ -1,0 +1,127 @@
+"""What was done for a run: plain facts, which the strategies write and a run reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import attrs
+
+from orchard_infra.system.processes import ProcessIdentity
+from orchard_infra.system.text import printable
+
+
+@attrs.frozen
+class Finding:
+    """One process: which evidence there is against it, and why it was or was not stopped.
+
+    ``parent`` is the pid of the process that should reap a defunct one.
+    """
+
+    pid: int
+    create_time: float
+    command: str
+    evidence: str
+    reason: str = ""
+    parent: int | None = None
+
+    @property
+    def identity(self) -> ProcessIdentity:
+        return ProcessIdentity(self.pid, self.create_time)
+
+    def describe(self) -> str:
+        """One line, safe for a terminal."""
+        reason = f", {self.reason}" if self.reason else ""
+        return printable(f"pid {self.pid} ({self.evidence}{reason}): {self.command}")
+
+
+@attrs.frozen
+class SanitizeReport:
+    """What became of the processes that were looked at.
+
+    ``stopped`` left when asked, ``killed`` had to be; ``denied`` could not be signalled, or did
+    not go even then (uninterruptible sleep).
+    """
+
+    stopped: tuple[Finding, ...] = ()
+    killed: tuple[Finding, ...] = ()
+    spared: tuple[Finding, ...] = ()
+    defunct: tuple[Finding, ...] = ()
+    denied: tuple[Finding, ...] = ()
+
+    def __add__(self, other: SanitizeReport) -> SanitizeReport:
+        return SanitizeReport(
+            *(getattr(self, name) + getattr(other, name) for name in attrs.fields_dict(type(self)))
+        )
+
+
+@attrs.frozen
+class DeviceMemory:
+    """What torch's caching allocator held on one device, in bytes.
+
+    ``device`` is a name as torch spells it, such as ``cuda:0``. Tensors that are still alive
+    count too, before and after; the context of the process does not.
+    """
+
+    device: str
+    before: int
+    after: int
+
+    @property
+    def freed(self) -> int:
+        return self.before - self.after
+
+
+@attrs.frozen
+class FlushReport:
+    """What a flush did.
+
+    ``devices`` has those that this process had initialised. ``rss_before`` and ``rss_after`` are
+    the resident memory of this process in bytes, None where the system does not say.
+    ``failures`` has one line for each step that failed; the other steps were done all the same.
+    """
+
+    devices: tuple[DeviceMemory, ...] = ()
+    rss_before: int | None = None
+    rss_after: int | None = None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def rss_freed(self) -> int | None:
+        if self.rss_before is None or self.rss_after is None:
+            return None
+        return self.rss_before - self.rss_after
+
+
+@attrs.frozen
+class CleanReport:
+    """What was removed (directories count as one), what was left on purpose, the disk space or
+    memory that came free in bytes, and what could not be removed, in words.
+    """
+
+    removed: tuple[Path, ...] = ()
+    kept: tuple[Path, ...] = ()
+    bytes_freed: int = 0
+    failures: tuple[str, ...] = ()
+
+
+@attrs.define
+class Report:
+    """What was done for a run; complete once the block has ended.
+
+    Times are in seconds; ``waited_seconds`` is the part of ``prepare_seconds`` that went into
+    waiting for the lock. ``sanitized`` is about processes of earlier runs, ``leftovers`` about
+    those that were started inside the block and outlive it. ``collected`` is what dead runs had
+    left, ``cleaned`` what this one left; both are None where no cleaner was asked. ``skipped`` says
+    which steps were left out, and why. ``failures`` are those of the release.
+    """
+
+    prepare_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    release_seconds: float = 0.0
+    sanitized: SanitizeReport = attrs.field(factory=SanitizeReport)
+    leftovers: SanitizeReport = attrs.field(factory=SanitizeReport)
+    flushed: FlushReport | None = None
+    collected: CleanReport | None = None
+    cleaned: CleanReport | None = None
+    skipped: tuple[str, ...] = ()
+    failures: tuple[BaseException, ...] = ()
