@@ -3,11 +3,11 @@
     with managed_environment("digits") as env:
         train(env)
 
-On the way in it stops the ghosts of earlier runs and takes the project's lock; on the way out,
-however that comes, it stops leftover children, flushes device caches, removes temporary files and
-releases the lock. `managed_environment` is the front door; behind it `InfrastructureManager`
-composes one strategy for each job: `GhostSanitizer`, `FileLock`, `TorchCacheFlusher`,
-`TemporaryArtifacts` and `SignalStop`. Bring your own for any of them, or None.
+On the way in it takes the project's lock and stops the ghosts of earlier runs; on the way out,
+however that comes, it flushes device caches, removes temporary files and releases the lock.
+`managed_environment` is the front door; behind it `InfrastructureManager` composes one strategy
+for each job: `GhostSanitizer`, `FileLock`, `TorchCacheFlusher`, `TemporaryArtifacts` and
+`SignalStop`. Bring your own for any of them, or None.
 """
 
 from importlib import import_module
@@ -25,13 +25,21 @@ def __getattr__(name: str) -> object:
     pytest loads our plugin, and with it this module, in every project on the machine: that must
     not cost them attrs, psutil and all the rest.
     """
-    # `from orchard_infra import files` asks here for a module that is not loaded yet. Loading all
-    # of the package for that made a circle of imports.
-    if name[:1].isupper() or name in ("managed_environment", "__all__"):
-        public = import_module("orchard_infra._public")
-        if name == "__all__" or name in public.__all__:
-            return getattr(public, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.util import find_spec
+
+    missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_") and name != "__all__":
+        raise missing
+    # A module first, and only itself: `from orchard_infra import errors` comes here, too, and to
+    # load all of the package for that made a circle of imports.
+    if find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    public = import_module("orchard_infra._public")
+    if name not in ("__all__", *public.__all__):
+        raise missing
+    value: object = getattr(public, name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,9 +1,9 @@
 """Every public name, gathered for `orchard_infra` to hand out when one is first asked for."""
 
-from orchard_infra.artifacts.temporary import Cleaner, CleanReport, TemporaryArtifacts
+from orchard_infra.artifacts.temporary import TemporaryArtifacts
 from orchard_infra.config import EnvironmentConfig, HardwareAwareConfig, HardwareConfig
-from orchard_infra.devices.torch_caches import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
-from orchard_infra.environment import Environment, Report
+from orchard_infra.devices.torch_caches import TorchCacheFlusher
+from orchard_infra.environment import Environment, StopRequest, Strategy
 from orchard_infra.errors import (
     ConfigurationError,
     EnvironmentLockedError,
@@ -12,24 +12,26 @@ from orchard_infra.errors import (
     ReleaseError,
 )
 from orchard_infra.launch import Launch
-from orchard_infra.locks.base import Lease, Locker
+from orchard_infra.locks.base import Held, Lease, Lock, LockKey
 from orchard_infra.locks.file import FileLock
 from orchard_infra.managed import managed_environment
 from orchard_infra.manager import InfraManagerProtocol, InfrastructureManager
+from orchard_infra.report import (
+    CleanReport,
+    DeviceMemory,
+    Finding,
+    FlushReport,
+    Report,
+    SanitizeReport,
+)
 from orchard_infra.runs.record import RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
-from orchard_infra.sanitizing.ghosts import (
-    Finding,
-    GhostSanitizer,
-    Sanitizer,
-    SanitizeReport,
-    Scene,
-)
-from orchard_infra.stopping.signals import RunStopped, SignalStop, Stopper, StopRequest, StopWatch
+from orchard_infra.sanitizing.ghosts import GhostSanitizer
+from orchard_infra.session import current_environments
+from orchard_infra.stopping.signals import RunStopped, SignalStop
 
 __all__ = [
     "CleanReport",
-    "Cleaner",
     "ConfigurationError",
     "DeviceMemory",
     "Environment",
@@ -38,17 +40,18 @@ __all__ = [
     "FileLock",
     "Finding",
     "FlushReport",
-    "Flusher",
     "GhostSanitizer",
     "HardwareAwareConfig",
     "HardwareConfig",
+    "Held",
     "InfraManagerProtocol",
     "InfrastructureError",
     "InfrastructureManager",
     "Launch",
     "Lease",
+    "Lock",
+    "LockKey",
     "LockLostError",
-    "Locker",
     "RegisteredRun",
     "ReleaseError",
     "Report",
@@ -57,14 +60,12 @@ __all__ = [
     "RunState",
     "RunStopped",
     "SanitizeReport",
-    "Sanitizer",
-    "Scene",
     "SignalStop",
     "StopRequest",
-    "StopWatch",
-    "Stopper",
+    "Strategy",
     "Survivor",
     "TemporaryArtifacts",
     "TorchCacheFlusher",
+    "current_environments",
     "managed_environment",
 ]

@@ -57,9 +57,10 @@ class Environment:
     one, or `dataclasses.asdict`, must not give its lock away. In another process a pickled one
     holds nothing, and cannot be released.
 
-    For strategies: ``registry`` has all runs on record, ``reason_not_to_kill`` says why no process
-    may be stopped (None when it may be), and ``command`` what the run executes where that is
-    not this very process.
+    For strategies: ``registry`` has all runs on record. ``allow_process_kill`` is what the
+    configuration says; ``reason_not_to_kill`` says why no process of an earlier run may be stopped,
+    shared compute included, and is None when it may be. ``command`` is what the run executes where
+    that is not this very process.
     """
 
     run: RunRecord
@@ -70,6 +71,7 @@ class Environment:
     report: Report = attrs.field(factory=Report)
     logger: logging.Logger = attrs.field(factory=_default_logger, repr=False)
     registry: RunRegistry = attrs.field(factory=RunRegistry, repr=False)
+    allow_process_kill: bool = attrs.field(default=False, repr=False)
     reason_not_to_kill: str | None = attrs.field(default="allow_process_kill is False", repr=False)
     command: tuple[str, ...] | None = attrs.field(default=None, repr=False)
     _lease: Lease | None = attrs.field(default=None, repr=False)

@@ -7,13 +7,19 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 from orchard_infra.config import HardwareAwareConfig, read_config
 from orchard_infra.environment import Environment
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.manager import InfraManagerProtocol, InfrastructureManager
+from orchard_infra.manager import (
+    LOCKERS_TIMEOUT,
+    InfraManagerProtocol,
+    InfrastructureManager,
+    LockersTimeout,
+)
 from orchard_infra.runs.record import describe_this_run
+from orchard_infra.session import Session
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -28,6 +34,10 @@ class managed_environment:
     ``cfg`` is anything with ``.hardware.allow_process_kill`` and ``.hardware.lock_file_path``, or
     the name of a project. ``manager`` does the work (an `InfrastructureManager` with the
     defaults unless given); ``logger`` is told of it (the one named "Infrastructure").
+    ``timeout`` is how long to wait for another run of the project, in seconds: 0 fails at once,
+    None waits for ever, and without it the manager's locker decides.
+
+    ``async with`` waits for the lock without blocking the event loop.
 
     As a decorator it holds the environment while the body of the function runs, at every call
     anew: for coroutines until they return, for generators until they are exhausted or closed.
@@ -37,6 +47,11 @@ class managed_environment:
     ...     return "trained"
     >>> train()
     'trained'
+
+    Over the cells of a notebook, `open` and `Environment.close` take the place of the block:
+
+    >>> env = managed_environment("digits").open()
+    >>> env.close()
 
     Raises on entry:
         ConfigurationError: ``cfg`` cannot be used; nothing was touched.
@@ -53,22 +68,21 @@ class managed_environment:
         *,
         manager: InfraManagerProtocol | None = None,
         logger: logging.Logger | None = None,
+        timeout: float | LockersTimeout | None = LOCKERS_TIMEOUT,
     ) -> None:
         self._cfg = cfg
-        self._manager = manager
+        self._manager = InfrastructureManager() if manager is None else manager
         self._logger = logger
-        self._entered: InfraManagerProtocol | None = None
+        self._timeout = timeout
+        self._session: Session | _ForeignSession | None = None
 
     def __enter__(self) -> Environment:
-        if self._entered is not None:
-            raise InfrastructureError(
-                "this managed_environment is entered already; make one for each with-block"
-            )
-        manager = InfrastructureManager() if self._manager is None else self._manager
-        cfg = cast(HardwareAwareConfig, self._cfg)
-        env = manager.prepare_environment(cfg, self._logger)
-        self._entered = manager
-        return _unmanaged(self._cfg) if env is None else cast(Environment, env)
+        session = self._new_session()
+        try:
+            return session.prepare()
+        except BaseException:
+            self._session = None
+            raise
 
     def __exit__(
         self,
@@ -76,27 +90,49 @@ class managed_environment:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        manager, self._entered = self._entered, None
-        if manager is None:
+        session, self._session = self._session, None
+        if session is None:
             raise InfrastructureError("this managed_environment was not entered")
-        cfg = cast(HardwareAwareConfig, self._cfg)
+        session.close(error)
+
+    async def __aenter__(self) -> Environment:
+        session = self._new_session()
         try:
-            manager.release_resources(cfg, self._logger)
-        except Exception as failure:
-            if error is None:
-                raise
-            # Another manager than ours may raise here; the body's own exception matters more.
-            log = self._logger or logging.getLogger("Infrastructure")
-            log.error("release of the environment: %s", failure)
+            return await session.prepare_async()
+        except BaseException:
+            self._session = None
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, traceback)
+
+    def open(self) -> Environment:
+        """Enter the environment without a block, for `close` to release; a program's end does, too.
+
+        Where the handle got lost, `orchard_infra.current_environments` has it.
+        """
+        return self.__enter__()
+
+    def close(self) -> None:
+        """Release what `open` has entered. Twice is once.
+
+        Raises:
+            ReleaseError: Steps failed.
+        """
+        if self._session is not None:
+            self.__exit__(None, None, None)
 
     def __call__(self, function: _Function) -> _Function:
-        """Decorate ``function``; its name, signature and kind stay."""
-        wrapper: Callable[..., Any]
         if inspect.isasyncgenfunction(function):
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-                with self._again():
+                async with self._again():
                     inner = function(*args, **kwargs)
                     try:
                         item = await inner.__anext__()
@@ -115,11 +151,11 @@ class managed_environment:
                     finally:
                         await inner.aclose()
 
-        elif inspect.iscoroutinefunction(function):
+        elif _is_coroutine_function(function):
 
             @functools.wraps(function)
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
-                with self._again():
+                async with self._again():
                     return await function(*args, **kwargs)
 
         elif inspect.isgeneratorfunction(function):
@@ -134,16 +170,107 @@ class managed_environment:
             @functools.wraps(function)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 with self._again():
-                    return function(*args, **kwargs)
+                    result = function(*args, **kwargs)
+                    _refuse_unprotected(function, result)
+                    return result
 
         return cast(_Function, wrapper)
 
     def _again(self) -> managed_environment:
         """One for this call alone: calls may overlap, and may come from several threads."""
-        return managed_environment(self._cfg, manager=self._manager, logger=self._logger)
+        return managed_environment(
+            self._cfg, manager=self._manager, logger=self._logger, timeout=self._timeout
+        )
+
+    def _new_session(self) -> Session | _ForeignSession:
+        """Kept before it is prepared: a Ctrl-C right after that must find it."""
+        if self._session is not None:
+            raise InfrastructureError(
+                "this managed_environment is entered already; make one for each with-block"
+            )
+        manager = self._manager
+        if _is_ours(manager):
+            self._session = manager.session(self._cfg, self._logger, timeout=self._timeout)
+        elif isinstance(self._timeout, LockersTimeout):
+            self._session = _ForeignSession(manager, self._cfg, self._logger)
+        else:
+            raise InfrastructureError(
+                f"timeout={self._timeout!r} needs an InfrastructureManager; how long "
+                f"{type(manager).__name__} waits is its own affair"
+            )
+        return self._session
 
 
-def _unmanaged(cfg: object) -> Environment:
-    """What a block gets from a manager that yields nothing, such as a test double."""
-    settings = read_config(cfg)
-    return Environment(run=describe_this_run(settings.project), lock_path=settings.lock_path)
+def _is_ours(manager: object) -> TypeGuard[InfrastructureManager]:
+    """Not a subclass that prepares or releases in its own way."""
+    kind = type(manager)
+    return (
+        isinstance(manager, InfrastructureManager)
+        and kind.prepare_environment is InfrastructureManager.prepare_environment
+        and kind.release_resources is InfrastructureManager.release_resources
+    )
+
+
+class _ForeignSession:
+    """Another manager than ours, driven by its protocol: it is released by its configuration."""
+
+    def __init__(
+        self, manager: InfraManagerProtocol, cfg: Any, logger: logging.Logger | None
+    ) -> None:
+        self._manager = manager
+        self._cfg = cfg
+        self._logger = logger
+
+    def prepare(self) -> Environment:
+        env = self._manager.prepare_environment(self._cfg, self._logger)
+        if env is not None:
+            return cast(Environment, env)
+        # What a block gets from a manager that yields nothing, such as a test double.
+        settings = read_config(self._cfg)
+        return Environment(run=describe_this_run(settings.project), lock_path=settings.lock_path)
+
+    async def prepare_async(self) -> Environment:
+        return self.prepare()
+
+    def close(self, error: BaseException | None) -> None:
+        try:
+            self._manager.release_resources(self._cfg, self._logger)
+        except Exception as failure:
+            if error is None:
+                raise
+            # The body's own exception matters more.
+            log = self._logger or logging.getLogger("Infrastructure")
+            log.error("release of the environment: %s", failure)
+
+
+def _is_coroutine_function(function: object) -> bool:
+    """Also an object whose ``__call__`` is one."""
+    return inspect.iscoroutinefunction(function) or (
+        not inspect.isroutine(function)
+        and inspect.iscoroutinefunction(getattr(type(function), "__call__", None))  # noqa: B004
+    )
+
+
+def _refuse_unprotected(function: object, result: object) -> None:
+    """Refuse what runs only after the environment is released: the coroutine or generator of a
+    function that another decorator hides.
+
+    Raises:
+        InfrastructureError: ``result`` is one. It was not started, and is closed.
+    """
+    code = getattr(inspect.unwrap(cast(Any, function)), "__code__", None)
+    if inspect.isawaitable(result):
+        kind = "an awaitable"
+    elif inspect.isgenerator(result) and result.gi_code is code:
+        kind = "a generator"
+    elif inspect.isasyncgen(result) and result.ag_code is code:
+        kind = "an async generator"
+    else:
+        return
+    if inspect.iscoroutine(result):
+        result.close()  # else Python says that it was never awaited
+    name = getattr(function, "__qualname__", repr(function))
+    raise InfrastructureError(
+        f"{name}() returned {kind}, which would run after the environment was released. Put "
+        "@managed_environment right above the function itself, below its other decorators"
+    )

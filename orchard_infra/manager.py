@@ -1,27 +1,28 @@
-"""`InfrastructureManager`: strategies in, an environment out."""
+"""`InfrastructureManager`: which strategy does which job."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-import time
+import threading
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
-from orchard_infra.artifacts.temporary import Cleaner, TemporaryArtifacts
-from orchard_infra.config import HardwareAwareConfig, read_config
-from orchard_infra.devices.torch_caches import Flusher, TorchCacheFlusher
-from orchard_infra.environment import Environment
+from orchard_infra.artifacts.temporary import TemporaryArtifacts
+from orchard_infra.config import HardwareAwareConfig, Settings, read_config, read_lock_path
+from orchard_infra.devices.torch_caches import TorchCacheFlusher
+from orchard_infra.environment import Environment, Strategy
+from orchard_infra.errors import ConfigurationError
 from orchard_infra.launch import Launch
-from orchard_infra.locks.base import Locker
+from orchard_infra.locks.base import Lock
 from orchard_infra.locks.file import FileLock
-from orchard_infra.sanitizing.ghosts import GhostSanitizer, Sanitizer
-from orchard_infra.session import Session
-from orchard_infra.stopping.signals import SignalStop, Stopper
-
-_LOGGER_NAME = "Infrastructure"
+from orchard_infra.sanitizing.ghosts import GhostSanitizer
+from orchard_infra.session import Session, open_sessions
+from orchard_infra.stopping.signals import SignalStop
+from orchard_infra.system.log import as_logger
 
 
 @runtime_checkable
@@ -41,72 +42,159 @@ class InfraManagerProtocol(Protocol):
         ...
 
 
+class LockersTimeout:
+    """The type of `LOCKERS_TIMEOUT`."""
+
+    def __repr__(self) -> str:
+        return "LOCKERS_TIMEOUT"
+
+
+LOCKERS_TIMEOUT = LockersTimeout()  # wait as long as the locker says: None is "for ever"
+
+
+def _is_strategy(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not callable(getattr(value, "around", None)):
+        raise TypeError(
+            f"{attribute.name} must be a strategy, an object with a method around(env) that "
+            f"returns a context manager, or None to switch it off; not {value!r}"
+        )
+
+
+def _is_lock(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not callable(getattr(value, "try_acquire", None)):
+        raise TypeError(
+            f"{attribute.name} must be a lock, an object with a method try_acquire(key, record) "
+            f"such as FileLock(), or None to take no lock; not {value!r}"
+        )
+
+
+def _are_strategies(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    for one in value:
+        if one is None:
+            raise TypeError(f"{attribute.name} must hold strategies; None is none")
+        _is_strategy(instance, attribute, one)
+
+
+def _to_tuple(extras: Iterable[Strategy]) -> tuple[Strategy, ...]:
+    return tuple(extras)
+
+
 @attrs.frozen
 class InfrastructureManager:
     """Prepares the environment of a run, and releases it.
 
-    Each field is the strategy for one job; None switches that job off. A manager may serve
-    several configurations at a time.
+    Each field is the strategy for one job; None switches that job off. ``extras`` are entered last
+    and left first, on every rank and in processes that join the run, see `Environment.is_leader`
+    and `Environment.joined`. A manager holds no live state: it may serve any number of runs at a
+    time, and can be pickled, copied and compared.
     """
 
-    sanitizer: Sanitizer | None = attrs.field(factory=GhostSanitizer)
-    locker: Locker | None = attrs.field(factory=FileLock)
-    flusher: Flusher | None = attrs.field(factory=TorchCacheFlusher)
-    cleaner: Cleaner | None = attrs.field(factory=TemporaryArtifacts)
-    stopper: Stopper | None = attrs.field(factory=SignalStop)
-    _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False, eq=False)
+    sanitizer: Strategy | None = attrs.field(factory=GhostSanitizer, validator=_is_strategy)
+    locker: Lock | None = attrs.field(factory=FileLock, validator=_is_lock)
+    flusher: Strategy | None = attrs.field(factory=TorchCacheFlusher, validator=_is_strategy)
+    cleaner: Strategy | None = attrs.field(factory=TemporaryArtifacts, validator=_is_strategy)
+    stopper: Strategy | None = attrs.field(factory=SignalStop, validator=_is_strategy)
+    extras: tuple[Strategy, ...] = attrs.field(
+        default=(), kw_only=True, converter=_to_tuple, validator=_are_strategies
+    )
+
+    def session(
+        self,
+        cfg: object,
+        logger: Any = None,
+        *,
+        timeout: float | LockersTimeout | None = LOCKERS_TIMEOUT,
+        command: tuple[str, ...] | None = None,
+        by_hand: bool = False,
+    ) -> Session:
+        """A session for one run, not prepared yet. Nothing is touched.
+
+        ``timeout``, in seconds, takes the place of the locker's own. ``command`` is what the run
+        executes, where that is not this process.
+
+        Raises:
+            ConfigurationError: ``cfg`` cannot be used, or ``timeout`` has no locker to be for.
+        """
+        if self.locker is None and not isinstance(timeout, LockersTimeout):
+            raise ConfigurationError(
+                f"timeout={timeout!r} is how long to wait for the lock, and this manager has no "
+                "locker: leave it out, or give the manager one"
+            )
+        if isinstance(timeout, LockersTimeout):
+            timeout = getattr(self.locker, "timeout", 0.0)
+        elif timeout is not None and not (
+            isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout >= 0
+        ):
+            raise ConfigurationError(
+                f"timeout must be a number of seconds >= 0, or None for ever; not {timeout!r}"
+            )
+        return Session(
+            settings=cfg if isinstance(cfg, Settings) else read_config(cfg),
+            launch=Launch.from_environ(os.environ),
+            logger=as_logger(logger),
+            sanitizer=self.sanitizer,
+            locker=self.locker,
+            flusher=self.flusher,
+            cleaner=self.cleaner,
+            stopper=self.stopper,
+            extras=self.extras,
+            timeout=timeout,
+            command=command,
+            cfg=cfg,
+            by_hand=by_hand,
+        )
 
     def prepare_environment(
         self, cfg: HardwareAwareConfig | str, logger: logging.Logger | None = None
     ) -> Environment:
-        """Make the machine ready for a run; all or nothing.
+        """Make the machine ready for a run; all or nothing. To be released by hand.
 
         Raises:
             ConfigurationError: ``cfg`` cannot be used; nothing was touched.
             EnvironmentLockedError: Another run holds the project.
             InfrastructureError: Something else is in the way; the message names it.
         """
-        began = time.perf_counter()
-        session = Session(
-            cfg=cfg,
-            settings=read_config(cfg),
-            launch=Launch.from_environ(os.environ),
-            logger=logger or logging.getLogger(_LOGGER_NAME),
-            sanitizer=self.sanitizer,
-            locker=self.locker,
-            flusher=self.flusher,
-            cleaner=self.cleaner,
-            stopper=self.stopper,
-        )
-        env = session.prepare()
-        self._sessions.append(session)
-        env.report.prepare_seconds = time.perf_counter() - began
-        return env
+        session = self.session(cfg, logger, by_hand=True)
+        session.error_at_prepare = sys.exc_info()[1]
+        return session.prepare()
 
     def release_resources(
         self, cfg: HardwareAwareConfig | str, logger: logging.Logger | None = None
     ) -> None:
-        """Give back what `prepare_environment` took for this configuration.
+        """Give back what a `prepare_environment` took, of this manager or of another one.
 
-        Every step is carried out even if another one failed. Calling it twice, in a forked
-        child, or without a prepare does nothing. Within an except or finally clause the
-        exception in flight counts as the run's own, and is never masked.
+        It is found by the very ``cfg``, else by the path of its lock: ``cfg`` needs
+        ``.hardware.lock_file_path`` only. Of several, the newest of this thread is released. Every
+        step is carried out even if another one failed. Calling it twice, in a forked child, or
+        without a prepare does nothing. Within an except or finally clause the exception in flight
+        counts as the run's own, and is never masked.
 
         Raises:
+            ConfigurationError: ``cfg`` has no path of a lock.
             ReleaseError: Steps failed, and the run itself did not. An `OSError`, too.
         """
-        session = self._session_of(cfg)
-        if session is None or session.pid != os.getpid():
+        session = _prepared_for(cfg)
+        if session is None:
+            as_logger(logger).debug("nothing to release: no environment was prepared for this cfg")
             return
-        self._sessions.remove(session)
         if logger is not None:
-            session.logger = logger
-        session.close(sys.exc_info()[1])
+            session.logger = as_logger(logger)
+        error = sys.exc_info()[1]
+        session.close(None if error is session.error_at_prepare else error)
 
-    def _session_of(self, cfg: object) -> Session | None:
-        sessions = list(reversed(self._sessions))
-        for session in sessions:
-            if session.cfg is cfg:
-                return session
-        lock_path = read_config(cfg).lock_path
-        return next((s for s in sessions if s.settings.lock_path == lock_path), None)
+
+def _prepared_for(cfg: object) -> Session | None:
+    me = threading.get_ident()
+    sessions = [session for session in reversed(open_sessions()) if session.by_hand]
+    sessions.sort(key=lambda session: session.thread != me)  # those of this thread come first
+    for session in sessions:
+        if session.cfg is cfg:
+            return session
+    path, as_given = read_lock_path(cfg)
+    for session in sessions:
+        if session.settings.lock_path == path:
+            return session
+    for session in sessions:
+        if session.settings.lock_path_as_given == as_given:
+            return session
+    return None

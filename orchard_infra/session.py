@@ -1,4 +1,8 @@
-"""One environment between prepare and release: the steps there, and each one's way back."""
+"""One environment from prepare to release: every strategy entered in order, and left again.
+
+This is the only place that has the order of the steps: ``with``, ``async with``, the decorator,
+prepare and release by hand and `orchard-infra run` all go through it.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,20 @@ import contextlib
 import functools
 import logging
 import os
-import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import attrs
 
-from orchard_infra.artifacts.temporary import Cleaner
 from orchard_infra.config import Settings
-from orchard_infra.devices.torch_caches import Flusher
-from orchard_infra.environment import Environment
+from orchard_infra.environment import Environment, Strategy
 from orchard_infra.errors import ReleaseError
+from orchard_infra.exits import Exits
 from orchard_infra.launch import Launch
-from orchard_infra.locks.base import Locker
+from orchard_infra.locks.acquiring import Pause, acquiring
+from orchard_infra.locks.base import Lock, LockKey
 from orchard_infra.locks.keeper import Keeper
 from orchard_infra.runs.membership import Membership
 from orchard_infra.runs.record import (
@@ -30,148 +34,260 @@ from orchard_infra.runs.record import (
     Survivor,
     describe_this_run,
 )
-from orchard_infra.runs.registry import Registration, RunRegistry
-from orchard_infra.sanitizing.ghosts import Sanitizer, Scene
-from orchard_infra.stopping.signals import Stopper, StopWatch
-from orchard_infra.system import processes
-from orchard_infra.system.masking import uninterrupted
+from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
+from orchard_infra.system import background, processes, reserve
+from orchard_infra.system.background import Task
+from orchard_infra.system.exported import export
+from orchard_infra.system.masking import child_signals_deferred, uninterrupted
+
+_TEND = 5.0  # seconds between two looks at the run's files and processes
+_open: list[Session] = []  # in the order in which they were prepared
 
 
 @attrs.define(eq=False)
 class Session:
-    """Carries out the strategies of a manager for one run, in order, and back again.
+    """One environment of one manager. `prepare` it once, `close` it once.
 
-    On the way back every step is carried out even if another one failed; what failed is told
-    at the end, and never hides the run's own exception.
+    ``cfg`` is what the settings were read from. ``timeout`` is how long to wait for the lock, in
+    seconds. ``command`` is what the run executes, where that is not this process. ``by_hand`` marks
+    one that `InfrastructureManager.release_resources` may find.
     """
 
-    cfg: object
     settings: Settings
     launch: Launch
     logger: logging.Logger
-    sanitizer: Sanitizer | None
-    locker: Locker | None
-    flusher: Flusher | None
-    cleaner: Cleaner | None
-    stopper: Stopper | None
-    pid: int = attrs.field(factory=os.getpid)
+    sanitizer: Strategy | None = None
+    locker: Lock | None = None
+    flusher: Strategy | None = None
+    cleaner: Strategy | None = None
+    stopper: Strategy | None = None
+    extras: Sequence[Strategy] = ()
+    timeout: float | None = 0.0
+    command: tuple[str, ...] | None = None
+    cfg: object = None
+    by_hand: bool = False
+    error_at_prepare: BaseException | None = None  # in flight then, so not the run's own
+    pid: int = attrs.field(factory=os.getpid, init=False)
+    thread: int = attrs.field(factory=threading.get_ident, init=False)
     env: Environment = attrs.field(init=False)
-    _steps: contextlib.ExitStack = attrs.field(factory=contextlib.ExitStack)
-    _failures: list[BaseException] = attrs.field(factory=list)
-    _watch: StopWatch | None = None
-    _held_signal: BaseException | None = None
-    _error: BaseException | None = None
-    _error_at_prepare: BaseException | None = attrs.field(factory=lambda: sys.exc_info()[1])
+    _exits: Exits = attrs.field(init=False)
+    _registration: Registration | None = attrs.field(default=None, init=False)
+    _prepared: bool = attrs.field(default=False, init=False)
+    _closed: bool = attrs.field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._exits = Exits(self.logger)
+
+    # Into the environment.
 
     def prepare(self) -> Environment:
-        """All or nothing: what was taken is given back when a later step fails."""
+        """Enter everything, or nothing: what was taken is given back when a later step fails."""
+        began = time.perf_counter()
+        steps = self._enter()
         try:
-            self._prepare()
-            return self.env
+            for pause in steps:
+                pause.wait()
+            return self._ready(began)
         except BaseException as error:
-            try:
-                self._hold()
-            finally:
-                self._steps.close()
-            if self._held_signal is not None and isinstance(error, Exception):
-                # Who waits for the lock by trying again would never know of the signal.
-                raise self._held_signal from error
+            self._give_up(steps, error)
             raise
 
-    def _prepare(self) -> None:
-        registry = RunRegistry()
-        if self.stopper is not None:
-            with uninterrupted():
-                self._watch = self.stopper.arm(self.logger)
-                self._undo("signal handlers", self._disarm)
-        joined = self._run_to_join(registry)
-        if joined is not None:
-            self._begin(joined, joined=True)
-            self._undo("device caches", self._flush)
-            self._close_at_exit()
-            return
-        scene = self._describe(registry)
-        self._begin(scene.record)
-        with uninterrupted():
-            registration = registry.register(scene.record)
-            self._undo("run record", registration.close)
-            self._put_run_id(scene.record.run_id)
-        if self.launch.is_leader:
-            self._lock(scene, registration)
-            self._sanitize(scene)
-        registration.update(scene.record, RunState.RUNNING)
-        self._open_tmp_dir()
-        self._undo("device caches", self._flush)
-        self._undo("leftover children", functools.partial(self._stop_leftovers, scene))
-        self._close_at_exit()
+    async def prepare_async(self) -> Environment:
+        """The same, without blocking the event loop while it waits for the lock."""
+        began = time.perf_counter()
+        steps = self._enter()
+        try:
+            for pause in steps:
+                await pause.wait_async()
+            return self._ready(began)
+        except BaseException as error:
+            self._give_up(steps, error)
+            raise
 
-    def close(self, error: BaseException | None) -> None:
-        """Run every step back. Then raise what is to be raised, unless the run failed itself.
+    def _enter(self) -> Generator[Pause, None, None]:
+        registry = RunRegistry()
+        joined = self._run_to_join(registry)
+        self.env = env = self._make_environment(registry, joined)
+        with uninterrupted():
+            reserve.hold()
+            self._exits.callback("reserved descriptors", reserve.let_go)
+            env._begin()
+            self._exits.callback("stop requests", env._end)
+        self._enter_strategy("signal handlers", self.stopper)
+        if joined is None:
+            yield from self._enter_run()
+        else:
+            self.logger.info(
+                "joined the run of project %s that started this process (pid %d)",
+                joined.project,
+                joined.pid,
+            )
+        self._enter_strategy("device caches", self.flusher)
+        for extra in self.extras:
+            self._enter_strategy(type(extra).__name__, extra)
+
+    def _enter_run(self) -> Generator[Pause, None, None]:
+        env, registry = self.env, self.env.registry
+        with uninterrupted():
+            registration = registry.register(env.run)
+            self._registration = env._registration = registration
+            self._exits.callback("run record", self._leave_registry)
+            self._exits.callback("run id", export(RUN_ID_VARIABLE, env.run.run_id))
+        if env.is_leader and self.locker is not None:
+            yield from self._take_lock(self.locker)
+        registration.update(env.run, RunState.RUNNING)
+        registration.note_members()
+        with uninterrupted():
+            task = Task(lambda: None, time.monotonic() + _TEND)
+            task.run = functools.partial(self._tend, task)
+            background.add(task)
+            self._exits.callback("background task", functools.partial(background.remove, task))
+        self._enter_strategy("processes", self.sanitizer)
+        self._enter_strategy("temporary artifacts", self.cleaner)
+        if env.is_leader:
+            self._forget_dead_runs(registry)
+
+    def _enter_strategy(self, name: str, strategy: Strategy | None) -> None:
+        if strategy is not None:
+            self._exits.enter(name, strategy.around(self.env))
+
+    def _take_lock(self, lock: Lock) -> Generator[Pause, None, None]:
+        env = self.env
+        key = LockKey(self.settings.project, self.settings.lock_path)
+        began = time.perf_counter()
+        # May wait, so a signal can come. A lease that gets lost on the way releases itself.
+        lease = yield from acquiring(
+            lock,
+            key,
+            env.run,
+            timeout=self.timeout,
+            clear_dead=env.clear_dead,
+            logger=self.logger,
+        )
+        env.report.waited_seconds = time.perf_counter() - began
+        with uninterrupted():
+            self._exits.callback("lock", lease.release)
+            env._lease = lease
+            keeper = Keeper(lease, env.lose, self.logger)
+            keeper.start()
+            self._exits.callback("lock keeper", keeper.stop)
+
+    def _ready(self, began: float) -> Environment:
+        with uninterrupted():
+            _open.append(self)
+            self._prepared = True
+            _close_at_exit()
+        env = self.env
+        env.report.prepare_seconds = time.perf_counter() - began
+        self._tell_prepared(env)
+        return env
+
+    def _give_up(self, steps: Generator[Pause, None, None], error: BaseException) -> None:
+        """What was entered is left. A signal that came meanwhile is raised: who waits for the lock
+        by trying again would never know of it.
+        """
+        try:
+            steps.close()
+        finally:
+            self._leave(error)
+        self._raise_held(error)
+
+    # Out of it.
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave everything. Twice is once; in a forked child nothing is done, it is its parent's.
+
+        ``error`` is what the body ended with. Raises nothing in its place, except for a signal that
+        asks the program to stop: a sweep that catches the errors of its trials must end then.
 
         Raises:
-            ReleaseError: Steps failed.
+            ReleaseError: Steps failed, and the body did not.
             BaseException: A signal arrived meanwhile, and was held until now.
         """
-        if self.pid != os.getpid():  # a forked child that unwinds: all of it is its parent's
+        if self._closed or not self._prepared or self.pid != os.getpid():
             return
+        self._closed = True
         began = time.perf_counter()
-        self._error = None if error is self._error_at_prepare else error
         try:
-            self._hold()
-        finally:  # a last signal may have come before it could be held
-            self._steps.close()
-        self.env.report.release_seconds = time.perf_counter() - began
-        self.env.report.failures = tuple(self._failures)
-        if self._error is not None:
-            return
-        interrupt = next((f for f in self._failures if not isinstance(f, Exception)), None)
-        if interrupt is not None:
-            raise interrupt
-        if self._held_signal is not None:
-            raise self._held_signal
-        if self._failures:
-            told = "; ".join(f"{type(f).__name__}: {f}" for f in self._failures)
+            self._leave(error)
+        finally:
+            if self in _open:
+                _open.remove(self)
+        report, failures = self.env.report, self._exits.failures
+        report.release_seconds = time.perf_counter() - began
+        report.failures = tuple(failures)
+        self._tell_released()
+        self._raise_held(error)
+        if failures and error is None:
+            told = "; ".join(f"{type(f).__name__}: {f}" for f in failures)
             raise ReleaseError(
-                f"the environment was released, but not all of it: {told}", failures=self._failures
-            ) from self._failures[0]
+                f"the environment was released, but not all of it: {told}", failures=failures
+            ) from failures[0]
 
-    def _close_at_exit(self) -> None:
-        """For a run that is prepared by hand, and for a signal that comes before the release."""
-        with uninterrupted():
-            atexit.register(self.close, None)
-            self._undo("exit hook", lambda: atexit.unregister(self.close))
-
-    def _hold(self) -> None:
-        if self._watch is None:
-            return
-        try:
-            self._watch.hold()
-        except BaseException:  # a signal came just before it could be held; so may the next one
-            self._watch.hold()
-            raise
-
-    def _undo(self, name: str, step: Callable[[], object]) -> None:
-        """Have ``step`` carried out on the way back, whatever becomes of the others."""
-
-        def carry_out() -> None:
+    def _leave(self, error: BaseException | None) -> None:
+        exits = self._exits
+        with child_signals_deferred():
             try:
-                step()
-            except BaseException as failure:  # also a Ctrl-C: the other steps come first
-                self._failures.append(failure)
-                self.logger.error(
-                    "release of the environment: %s: %s", name, failure, extra={"step": name}
-                )
+                reserve.let_go()
+                for step in tuple(self.env._before_release) if hasattr(self, "env") else ():
+                    if not exits.attempt("before the release", step):
+                        # A signal may have come just before the step that holds them back.
+                        exits.attempt("before the release", step)
+            finally:
+                exits.close(error)
 
-        self._steps.callback(carry_out)
+    def _raise_held(self, error: BaseException | None) -> None:
+        """Raise the signal that came during the release, unless the program is ending anyway."""
+        failures = self._exits.failures
+        stop = next((f for f in failures if not isinstance(f, Exception)), None)
+        if stop is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+            return
+        stop.__context__ = error
+        raise stop
 
-    def _begin(self, record: RunRecord, *, joined: bool = False) -> None:
-        self.env = Environment(
-            run=record,
+    def _leave_registry(self) -> None:
+        """The last that is said of the run: it ended, or its release failed and whoever comes next
+        has to clean up after it.
+        """
+        registration = self._registration
+        if registration is None:
+            return
+        if self._release_failed():
+            registration.abandon()
+        elif self._prepared:
+            registration.end()
+        else:
+            registration.close()
+
+    def _release_failed(self) -> bool:
+        report = self.env.report
+        left = (report.flushed, report.cleaned)
+        return bool(self._exits.failures) or any(one is not None and one.failures for one in left)
+
+    # What the steps need.
+
+    def _make_environment(self, registry: RunRegistry, joined: RunRecord | None) -> Environment:
+        locks = self.locker is not None and self.launch.is_leader
+        reason = None if self.settings.allow_process_kill else "allow_process_kill is False"
+        return Environment(
+            run=joined
+            or describe_this_run(
+                self.settings.project,
+                lock=str(self.settings.lock_path) if locks else None,
+                rank=self.launch.rank,
+                argv=self.command,
+            ),
             lock_path=self.settings.lock_path,
-            tmp_dir=Path(record.tmp_dir) if record.tmp_dir else None,
-            joined=joined,
+            tmp_dir=Path(joined.tmp_dir) if joined is not None and joined.tmp_dir else None,
+            joined=joined is not None,
+            is_leader=self.launch.is_leader,
             logger=self.logger,
-            watch=self._watch,
+            registry=registry,
+            allow_process_kill=self.settings.allow_process_kill,
+            reason_not_to_kill=reason or self.launch.reason_not_to_kill(),
+            command=self.command,
+            clear_dead=self._clear_dead,
+            closer=self.close,
         )
 
     def _run_to_join(self, registry: RunRegistry) -> RunRecord | None:
@@ -182,7 +298,7 @@ class Session:
         started_in = os.environ.get(RUN_ID_VARIABLE)
         if not started_in or self.locker is None or not self.launch.is_leader:
             return None
-        holder = self.locker.holder(self.settings.lock_path)
+        holder = self.locker.holder(LockKey(self.settings.project, self.settings.lock_path))
         if holder is None or holder.run_id not in registry.lineage(started_in):
             return None
         run = registry.find(holder.run_id)
@@ -190,144 +306,116 @@ class Session:
             return None
         return run.record
 
-    def _describe(self, registry: RunRegistry) -> Scene:
-        began = processes.now()
-        me = os.getpid()
-        counts = self.sanitizer is not None and processes.children_of(me)
-        children = processes.descendants([me]) if counts else {}
-        locks = self.locker is not None and self.launch.is_leader
-        record = describe_this_run(
-            self.settings.project,
-            lock=str(self.settings.lock_path) if locks else None,
-            rank=self.launch.rank,
-        )
-        if self.cleaner is not None:
-            record = attrs.evolve(record, tmp_dir=str(self.cleaner.tmp_dir_for(record.run_id)))
-        return Scene(
-            record=record,
-            registry=registry,
-            why_not=self._not_allowed() or self.launch.reason_not_to_kill(),
-            logger=self.logger,
-            began=began,
-            before=frozenset(children.values()),
-        )
+    def _clear_dead(self, dead: RunRecord) -> Sequence[Survivor]:
+        clear = getattr(self.sanitizer, "clear_dead", None)
+        if clear is not None:
+            found: Sequence[Survivor] = clear(dead, self.env)
+            return found
+        registry = self.env.registry
+        run = registry.find(dead.run_id) or RegisteredRun(dead, RunState.DEAD)
+        return [one for _, one in Membership(registry.runs()).survivors([run])]
 
-    def _not_allowed(self) -> str | None:
-        return None if self.settings.allow_process_kill else "allow_process_kill is False"
-
-    def _put_run_id(self, run_id: str) -> None:
-        """Mark the processes that the run will start as its own."""
-        outer = os.environ.get(RUN_ID_VARIABLE)
-        os.environ[RUN_ID_VARIABLE] = run_id
-
-        def restore() -> None:
-            if os.environ.get(RUN_ID_VARIABLE) != run_id:
-                return  # another environment has put its own since
-            if outer is None:
-                del os.environ[RUN_ID_VARIABLE]
-            else:
-                os.environ[RUN_ID_VARIABLE] = outer
-
-        self._undo("run id", restore)
-
-    def _lock(self, scene: Scene, registration: Registration) -> None:
-        if self.locker is None:
-            return
-
-        def clear_dead(dead: RunRecord) -> tuple[Survivor, ...]:
-            return () if self.sanitizer is None else self.sanitizer.stop_survivors(dead, scene)
-
-        lease = None
-        try:
-            # May wait, so a signal can come; a lease that gets lost on the way releases itself.
-            lease = self.locker.acquire(
-                self.settings.lock_path, scene.record, clear_dead=clear_dead, logger=self.logger
-            )
-            self._undo("lock", lease.release)
-        except BaseException:
-            if lease is not None:
-                lease.release()
-            raise
-        self.env._lease = lease
-        keeper = Keeper(lease, self.env.lose, self._stay_fresh(registration), self.logger)
-        with uninterrupted():
-            keeper.start()
-            self._undo("keeper", keeper.stop)
-
-    def _stay_fresh(self, registration: Registration) -> Callable[[], None]:
-        tmp_dir = self.env.tmp_dir
-
-        def touch() -> None:
-            registration.touch()
-            if tmp_dir is not None:
-                with contextlib.suppress(FileNotFoundError):  # not made yet
-                    os.utime(tmp_dir, follow_symlinks=False)
-
-        return touch
-
-    def _sanitize(self, scene: Scene) -> None:
-        if self.sanitizer is not None:
-            self.env.report.sanitized = self.sanitizer.sanitize(scene)
-        self._collect(scene.registry)
-
-    def _collect(self, registry: RunRegistry) -> None:
-        """Remove what dead runs left: first their files, last the record that proves them dead.
-
-        A run of which processes still live keeps its record, the evidence against them.
+    def _forget_dead_runs(self, registry: RunRegistry) -> None:
+        """Drop the records of runs that are dead, as far as nothing of them is left: a record is
+        what proves whose the leftovers are.
         """
-        runs = registry.runs(without=self.env.run.run_id)
-        dead = [run for run in runs if run.state is RunState.DEAD]
-        if dead:
-            outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}
-            dead = [run for run in dead if run.record.run_id not in outlived]
-        if self.cleaner is not None:
-            collected = self.cleaner.collect([run.record for run in dead])
-            self.env.report.collected = collected
-            for failure in collected.failures:
-                self.logger.warning("what a dead run left: %s", failure)
-            # A record says where its run's directory is: it stays for as long as that does.
-            dead = [run for run in dead if not os.path.lexists(run.record.tmp_dir or "")]
-        for run in dead:
-            registry.remove(run)
+        for run in self.env.dead_runs:
+            if not os.path.lexists(run.record.tmp_dir or ""):
+                registry.remove(run)
         registry.collect_unnamed()
 
-    def _open_tmp_dir(self) -> None:
-        cleaner, tmp_dir = self.cleaner, self.env.tmp_dir
-        if cleaner is None or tmp_dir is None:
+    def _tend(self, task: Task) -> None:
+        """In the background: keep cleaners of old files away, and write down who our processes are,
+        for the case that this one is killed.
+        """
+        task.due = time.monotonic() + _TEND
+        registration = self._registration
+        if registration is None:
             return
+        registration.touch()
+        registration.note_members()
+        if self.env.tmp_dir is not None:
+            with contextlib.suppress(OSError):  # somebody has removed it
+                os.utime(self.env.tmp_dir, follow_symlinks=False)
 
-        def clean() -> None:
-            report = cleaner.close(tmp_dir, failed=self._failed(), since=self.env.run.started_at)
-            self.env.report.cleaned = report
-            for failure in report.failures:
-                self.logger.warning("temporary artifacts: %s", failure)
-
-        with uninterrupted():
-            cleaner.open(tmp_dir)
-            self._undo("temporary artifacts", clean)
-
-    def _failed(self) -> bool:
-        """A generator that is closed early did not fail, and neither did an exit with 0."""
-        if isinstance(self._error, SystemExit):
-            return self._error.code not in (None, 0)
-        return self._error is not None and not isinstance(self._error, GeneratorExit)
-
-    def _flush(self) -> None:
-        if self.flusher is None:
+    def _tell_prepared(self, env: Environment) -> None:
+        if not self.logger.isEnabledFor(logging.INFO) or env.joined:
             return
-        report = self.flusher.flush(self._error)
-        self.env.report.flushed = report
-        for failure in report.failures:
-            self.logger.warning("device caches: %s", failure)
-
-    def _stop_leftovers(self, scene: Scene) -> None:
-        if self.sanitizer is None:
-            return
-        # Provably ours, so they may be stopped on shared compute as well.
-        self.env.report.leftovers = self.sanitizer.stop_leftovers(
-            attrs.evolve(scene, why_not=self._not_allowed())
+        report, parts = env.report, []
+        if env._lease is not None:
+            waited = f" after {report.waited_seconds:.1f} s" if report.waited_seconds > 1 else ""
+            parts.append(f"lock {env.lock_path} acquired{waited}")
+        elif self.locker is None:
+            parts.append("no lock: there is no locker")
+        else:
+            parts.append(f"no lock: {self.launch.describe()}; rank 0 holds it")
+        stopped = len(report.sanitized.stopped) + len(report.sanitized.killed)
+        if stopped:
+            parts.append(f"{stopped} processes of earlier runs stopped")
+        if self.sanitizer is not None and env.reason_not_to_kill is not None:
+            parts.append(f"no process is stopped: {env.reason_not_to_kill}")
+        if report.collected is not None and report.collected.removed:
+            parts.append(f"{len(report.collected.removed)} leftovers of dead runs removed")
+        self.logger.info(
+            "prepared project %s in %.3f s: %s",
+            self.settings.project,
+            report.prepare_seconds,
+            "; ".join(parts),
+            extra={"run": env.run, "lock_path": str(env.lock_path)},
         )
 
-    def _disarm(self) -> None:
-        if self._watch is not None:
-            self._held_signal = self._watch.disarm()
+    def _tell_released(self) -> None:
+        env = self.env
+        if not self.logger.isEnabledFor(logging.INFO) or env.joined:
+            return
+        report = env.report
+        parts = [f"lock {env.lock_path} released"] if env._lease is not None else []
+        if report.flushed is not None:
+            freed = sum(one.freed for one in report.flushed.devices)
+            parts.append(f"{freed / 2**20:.0f} MiB of device caches freed")
+        if report.cleaned is not None:
+            freed = report.cleaned.bytes_freed
+            parts.append(f"{freed / 2**20:.0f} MiB of temporary files removed")
+        children = len(report.leftovers.spared)
+        if children:
+            parts.append(f"{children} child processes go on")
+        if self._exits.failures:
+            parts.append(f"{len(self._exits.failures)} steps failed")
+        self.logger.info(
+            "released project %s in %.3f s: %s",
+            self.settings.project,
+            report.release_seconds,
+            "; ".join(parts) or "nothing was held",
+            extra={"run": env.run, "lock_path": str(env.lock_path)},
+        )
+
+
+def open_sessions() -> tuple[Session, ...]:
+    """The sessions of this process that are prepared and not closed, the oldest first."""
+    me = os.getpid()
+    return tuple(session for session in _open if session.pid == me)
+
+
+def current_environments() -> tuple[Environment, ...]:
+    """The environments that this process is in, the oldest first.
+
+    For a notebook in which the handle of one got lost: ``current_environments()[-1].close()``.
+    """
+    return tuple(session.env for session in open_sessions())
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """For a run that is prepared by hand, and for a signal that comes before the release."""
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    failures: list[BaseException] = []
+    for session in reversed(open_sessions()):
+        try:
+            session.close()
+        except BaseException as failure:  # the others are closed all the same
+            failures.append(failure)
+    if failures:
+        raise failures[0]
