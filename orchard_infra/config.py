@@ -18,6 +18,8 @@ import attrs
 from orchard_infra.errors import ConfigurationError
 from orchard_infra.system.files import runtime_dir
 
+_LOCK_PATH = "cfg.hardware.lock_file_path"
+
 
 class _ByAttribute(type(Protocol)):  # type: ignore[misc]
     """From Python 3.12 on isinstance() asks without `getattr`, and so finds no attribute that an
@@ -112,12 +114,27 @@ class EnvironmentConfig:
 
 
 @attrs.frozen
+class LockPath:
+    """The path of a lock: absolute, and as the configuration gives it.
+
+    A release by hand compares both. The program may have changed its directory since it prepared
+    the environment, and then the same relative path leads somewhere else.
+    """
+
+    path: Path
+    given: str
+
+
+@attrs.frozen
 class Settings:
-    """What was read from a configuration, checked: an absolute path and a real bool."""
+    """The checked contents of a configuration. ``lock_path`` is absolute; ``lock_path_given`` is
+    the path before that, see `LockPath`.
+    """
 
     project: str
     allow_process_kill: bool
     lock_path: Path
+    lock_path_given: str = attrs.field(default="", eq=False)
 
 
 def read_config(cfg: object) -> Settings:
@@ -129,10 +146,8 @@ def read_config(cfg: object) -> Settings:
     if isinstance(cfg, str):
         cfg = EnvironmentConfig(check_project_name(cfg, "cfg"))
     hardware = _read(cfg, "hardware", "cfg.hardware")
-    lock_path = check_lock_path(
-        _read(hardware, "lock_file_path", "cfg.hardware.lock_file_path"),
-        "cfg.hardware.lock_file_path",
-    )
+    value = _read(hardware, "lock_file_path", _LOCK_PATH)
+    lock_path = check_lock_path(value, _LOCK_PATH)
     return Settings(
         project=_project_of(cfg, hardware, lock_path),
         allow_process_kill=check_bool(
@@ -140,7 +155,28 @@ def read_config(cfg: object) -> Settings:
             "cfg.hardware.allow_process_kill",
         ),
         lock_path=lock_path,
+        lock_path_given=_path_as_given(value, _LOCK_PATH),
     )
+
+
+def read_lock_path(cfg: object) -> LockPath:
+    """Read only what a release needs: a cfg with ``hardware.lock_file_path``, or a project name.
+
+    A relative path stays relative where the working directory has been deleted: the environment
+    can still be found by the path as given.
+
+    Raises:
+        ConfigurationError: The attribute is missing, or is not a path.
+    """
+    if isinstance(cfg, str):
+        path = default_lock_path(check_project_name(cfg, "cfg"))
+        return LockPath(path, str(path))
+    value = _read(_read(cfg, "hardware", "cfg.hardware"), "lock_file_path", _LOCK_PATH)
+    given = _path_as_given(value, _LOCK_PATH)
+    try:
+        return LockPath(check_lock_path(given, _LOCK_PATH), given)
+    except ConfigurationError:
+        return LockPath(Path(given), given)
 
 
 def default_lock_path(project_name: str) -> Path:
@@ -173,21 +209,12 @@ def check_project_name(value: object, name: str) -> str:
 
 def check_lock_path(value: object, name: str) -> Path:
     """``value`` as an absolute path, links unresolved; `ConfigurationError` if it is none."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise ConfigurationError(f"{name} must be a str or os.PathLike, not {_found(value)}")
+    given = _path_as_given(value, name)
     try:
-        text = os.fspath(value)
-        if not isinstance(text, str) or not text.strip() or b"\0" in os.fsencode(text):
-            raise ValueError("it is empty, no text, or has a NUL in it")
-        # Made absolute now: the run may change its directory before the release.
-        path = Path(os.path.abspath(os.path.expanduser(text)))
-        if not path.name:
-            raise ValueError("it is a directory")
-    except Exception as error:  # the value's own code runs, and the directory may be gone
-        raise ConfigurationError(
-            f"{name} must be the path of a file, not {_found(value)}: {str(error)[:200]}"
-        ) from error
-    return path
+        # Made absolute now: the program may change its directory during the run.
+        return Path(os.path.abspath(os.path.expanduser(given)))
+    except OSError as error:
+        raise _no_path(value, name, error) from error
 
 
 def check_bool(value: object, name: str) -> bool:
@@ -195,6 +222,26 @@ def check_bool(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, not {_found(value)}")
     return value
+
+
+def _path_as_given(value: object, name: str) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigurationError(f"{name} must be a str or os.PathLike, not {_found(value)}")
+    try:
+        text = os.fspath(value)
+        if not isinstance(text, str) or not text.strip() or b"\0" in os.fsencode(text):
+            raise ValueError("it is empty, not text, or contains a NUL")
+        if not Path(text).name:
+            raise ValueError("it is a directory")
+    except Exception as error:  # the value's own code runs here
+        raise _no_path(value, name, error) from error
+    return os.path.normpath(text)
+
+
+def _no_path(value: object, name: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"{name} must be the path of a file, not {_found(value)}: {str(error)[:200]}"
+    )
 
 
 def _project_of(cfg: object, hardware: object, lock_path: Path) -> str:

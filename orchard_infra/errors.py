@@ -5,18 +5,18 @@
     InfrastructureError (RuntimeError)
     |-- ConfigurationError       the configuration cannot be used; nothing was touched
     |-- EnvironmentLockedError   another run holds the project: .holder, .survivors, .lock_path
-    |-- LockLostError            the lock was held and is not any more: .lock_path
-    `-- ReleaseError (OSError)   steps of the release failed: .failures
+    |-- LockLostError            the lock was held and no longer is: .lock_path
+    `-- ReleaseError (OSError)   steps of the release failed: .failures, .errno, .filename
 
-All of them are a `RuntimeError`, so callers that catch ``(OSError, RuntimeError)`` around a run
-keep working. They pickle with their data, so they cross a process pool whole: what is not in
-``args`` has a default, and travels as state.
+Each of them is a `RuntimeError`, so callers that catch ``(OSError, RuntimeError)`` around a run
+keep working. They pickle with their data, so they cross a process pool complete: an argument that
+is not in ``args`` has a default, and travels as state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchard_infra.runs.record import RunRecord, Survivor
@@ -37,9 +37,9 @@ class ConfigurationError(InfrastructureError):
 class EnvironmentLockedError(InfrastructureError):
     """The project is taken.
 
-    ``holder`` is the record of the run that holds it, or None when the lock carries no readable
-    record. ``survivors`` are the live processes of a holder that is itself dead: the lock goes
-    free when they end.
+    ``holder`` is the record of the run that holds it, or None when the lock contains no readable
+    record. ``survivors`` are the live processes of a holder whose program is dead: the lock is
+    free once they end.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EnvironmentLockedError(InfrastructureError):
 
 
 class LockLostError(InfrastructureError):
-    """The lock was held and is not any more: another run may be writing to the same outputs."""
+    """The lock was held and no longer is: another run may be writing to the same outputs."""
 
     def __init__(self, message: str, *, lock_path: str | None = None) -> None:
         super().__init__(message)
@@ -67,10 +67,31 @@ class LockLostError(InfrastructureError):
 class ReleaseError(InfrastructureError, OSError):
     """Steps of the release failed; the other steps were carried out.
 
-    ``failures`` holds the exceptions in the order in which they happened. An `OSError` too, as
-    the release of a lock file that cannot be removed always was.
+    ``failures`` holds the exceptions in the order in which they happened. It is an `OSError` too,
+    because callers expect one when a lock file cannot be removed. ``errno``, ``strerror`` and
+    ``filename`` are those of the first failure that has an ``errno``, or None. ``str(error)`` is
+    the message all the same.
     """
 
     def __init__(self, message: str, *, failures: Iterable[BaseException] = ()) -> None:
         super().__init__(message)
         self.failures = tuple(failures)
+
+    # Properties, and not the fields of `OSError`: those change the message when they are set, and
+    # a pickle loses them.
+    @property
+    def errno(self) -> int | None:  # type: ignore[override]
+        return getattr(self._first_os_error, "errno", None)
+
+    @property
+    def strerror(self) -> str | None:  # type: ignore[override]
+        return getattr(self._first_os_error, "strerror", None)
+
+    @property
+    def filename(self) -> Any:
+        return getattr(self._first_os_error, "filename", None)
+
+    @property
+    def _first_os_error(self) -> OSError | None:
+        errors = (error for error in self.failures if isinstance(error, OSError))
+        return next((error for error in errors if error.errno is not None), None)

@@ -17,9 +17,11 @@ from orchard_infra.config import (
     EnvironmentConfig,
     HardwareAwareConfig,
     HardwareConfig,
+    LockPath,
     Settings,
     default_lock_path,
     read_config,
+    read_lock_path,
 )
 from orchard_infra.errors import ConfigurationError
 
@@ -381,6 +383,68 @@ def test_a_relative_path_in_a_directory_that_is_gone_is_refused_by_name(tmp_path
         read_config(with_namespace_of(lock_file_path="x.lock"))
     assert read_config(with_namespace_of(lock_file_path=LOCK)).lock_path == Path(LOCK)
     monkeypatch.chdir(tmp_path)  # pytest looks where it is
+
+
+# What a release needs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_lock_path_is_read_from_any_kind_of_object(kind):
+    cfg = kind(allow_process_kill=True, lock_file_path=LOCK, project_name="digits")
+    assert read_lock_path(cfg) == LockPath(Path(LOCK), LOCK)
+
+
+def test_the_lock_path_is_read_from_a_cfg_that_has_nothing_else():
+    cfg = SimpleNamespace(hardware=SimpleNamespace(lock_file_path=LOCK))
+    assert read_lock_path(cfg) == LockPath(Path(LOCK), LOCK)
+
+
+def test_the_lock_path_of_a_project_name_is_the_one_that_a_prepare_takes():
+    assert read_lock_path("a/b").path == read_config("a/b").lock_path
+
+
+@pytest.mark.parametrize("given", ["x.lock", "./x.lock", Path("x.lock"), "below/../x.lock"])
+def test_a_relative_path_is_recognised_after_the_directory_was_changed(
+    tmp_path, monkeypatch, given
+):
+    monkeypatch.chdir(tmp_path)
+    prepared = read_config(with_namespace_of(lock_file_path=given))
+    monkeypatch.chdir("/")
+    found = read_lock_path(with_namespace_of(lock_file_path=given))
+    assert (prepared.lock_path, found.path) == (tmp_path / "x.lock", Path("/x.lock"))
+    assert prepared.lock_path_given == found.given == "x.lock"
+
+
+def test_a_relative_path_is_recognised_after_its_directory_was_deleted(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    prepared = read_config(with_namespace_of(lock_file_path="x.lock"))
+    gone.rmdir()
+    assert read_lock_path(with_namespace_of(lock_file_path="x.lock")).given == "x.lock"
+    assert prepared.lock_path_given == "x.lock"
+    monkeypatch.chdir(tmp_path)  # pytest looks where it is
+
+
+@pytest.mark.parametrize(
+    ("cfg", "path"),
+    [
+        (None, "cfg.hardware"),
+        (SimpleNamespace(), "cfg.hardware"),
+        (CfgRaises(), "cfg.hardware"),
+        (wrap(SimpleNamespace(allow_process_kill=True)), LOCK_PATH),
+        (wrap(HardwareRaises()), LOCK_PATH),
+        *(
+            (with_namespace_of(lock_file_path=value), LOCK_PATH)
+            for value in (None, 7, b"/x", "", "/x\0", "/", ".", PathOfNumber(), PathRaises())
+        ),
+        ("", "cfg"),
+    ],
+)
+def test_a_wrong_lock_path_is_refused_by_a_release_with_the_full_path_too(cfg, path):
+    with pytest.raises(ConfigurationError) as caught:
+        read_lock_path(cfg)
+    assert str(caught.value).split(" ")[0] == path
 
 
 WEIRD = [

@@ -85,6 +85,37 @@ def test_without_data_there_is_nothing_rather_than_an_attribute_error():
     assert ReleaseError("not all").failures == ()
 
 
+def test_a_release_error_has_the_number_and_the_file_of_the_first_failure_that_has_one():
+    full = OSError(28, "No space left on device", "/runs/a.run")
+    failures = [ValueError("odd"), OSError("of no number"), full, PermissionError(13, "Denied")]
+    error = ReleaseError("not all of it", failures=failures)
+
+    for travel in (lambda error: error, lambda error: pickle.loads(pickle.dumps(error)), copy.copy):
+        arrived = travel(error)
+        assert (arrived.errno, arrived.strerror, arrived.filename) == (
+            28,
+            full.strerror,
+            full.filename,
+        )
+        assert str(arrived) == "not all of it"
+        assert arrived.args == ("not all of it",)
+    with pytest.raises(OSError, match="not all of it") as caught:
+        raise error
+    assert caught.value.errno == 28
+
+
+def test_a_release_error_without_such_a_failure_has_none():
+    for failures in ((), [ValueError("odd")], [OSError("of no number")]):
+        error = ReleaseError("not all of it", failures=failures)
+        assert (error.errno, error.strerror, error.filename) == (None, None, None)
+        assert str(error) == "not all of it"
+
+
+def test_a_release_error_within_another_one_passes_its_number_on():
+    inner = ReleaseError("inner", failures=[OSError(28, "No space left on device")])
+    assert ReleaseError("outer", failures=[inner]).errno == 28
+
+
 def test_survivors_and_failures_can_be_any_iterable():
     assert EnvironmentLockedError("taken", survivors=iter([SURVIVOR])).survivors == (SURVIVOR,)
     [failure] = ReleaseError("not all", failures=iter([ValueError("odd")])).failures
