@@ -40,7 +40,7 @@ from orchard_infra.system.background import Task
 from orchard_infra.system.exported import export
 from orchard_infra.system.masking import child_signals_deferred, uninterrupted
 
-_TEND = 5.0  # seconds between two looks at the run's files and processes
+_TEND = 5.0  # seconds, at most, between two looks at the run's files and processes
 _open: list[Session] = []  # in the order in which they were prepared
 
 
@@ -138,7 +138,7 @@ class Session:
         registration.update(env.run, RunState.RUNNING)
         registration.note_members()
         with uninterrupted():
-            task = Task(lambda: None, time.monotonic() + _TEND)
+            task = Task(lambda: None, time.monotonic() + self._interval)
             task.run = functools.partial(self._tend, task)
             background.add(task)
             self._exits.callback("background task", functools.partial(background.remove, task))
@@ -324,11 +324,16 @@ class Session:
                 registry.remove(run)
         registry.collect_unnamed()
 
+    @property
+    def _interval(self) -> float:
+        lease = self.env._lease
+        return _TEND if lease is None else min(_TEND, lease.interval)
+
     def _tend(self, task: Task) -> None:
         """In the background: keep cleaners of old files away, and write down who our processes are,
         for the case that this one is killed.
         """
-        task.due = time.monotonic() + _TEND
+        task.due = time.monotonic() + self._interval
         registration = self._registration
         if registration is None:
             return

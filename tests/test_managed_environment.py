@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
+import functools
 import inspect
 import logging
 import os
+import pickle
 import signal
 import sys
+import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import pytest
 
 from orchard_infra import (
     ConfigurationError,
+    Environment,
     EnvironmentConfig,
     EnvironmentLockedError,
     FileLock,
-    FlushReport,
     InfraManagerProtocol,
     InfrastructureError,
     InfrastructureManager,
@@ -30,6 +38,7 @@ from orchard_infra import (
     RunRegistry,
     RunState,
     TemporaryArtifacts,
+    current_environments,
     managed_environment,
 )
 from support import run_python, wait_until
@@ -235,6 +244,130 @@ def test_one_managed_environment_is_not_entered_twice(cfg):
         once.__exit__(None, None, None)
 
 
+def test_what_the_decorator_cannot_protect_it_refuses(cfg):
+    def logged(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function(*args)
+
+        return wrapper
+
+    started: list[str] = []
+
+    async def train() -> None:
+        started.append("coroutine")
+
+    def steps() -> Iterator[int]:
+        started.append("generator")
+        yield 1
+
+    async def batches() -> Any:
+        started.append("async generator")
+        yield 1
+
+    for function in (train, steps, batches):
+        with pytest.raises(InfrastructureError, match="right above the function itself"):
+            managed_environment(cfg)(logged(function))()
+    assert started == []
+    assert not held(cfg)
+
+
+def test_an_object_with_an_async_call_is_protected_until_it_returns(cfg):
+    class Train:
+        async def __call__(self, epochs: int) -> int:
+            await asyncio.sleep(0)
+            assert held(cfg)
+            return epochs
+
+    train = Train()
+    assert asyncio.run(managed_environment(cfg)(train)(3)) == 3
+    assert asyncio.run(managed_environment(cfg)(functools.partial(train.__call__, 4))()) == 4
+    assert not held(cfg)
+
+
+def test_a_function_whose_result_is_a_generator_of_its_own_is_let_be(cfg):
+    @managed_environment(cfg)
+    def train() -> Any:
+        return (epoch for epoch in range(3))
+
+    assert list(train()) == [0, 1, 2]
+
+
+def test_a_timeout_takes_the_place_of_the_locker_s(cfg):
+    with managed_environment(cfg):
+        waiting = threading.Thread(
+            target=lambda: managed_environment(cfg, timeout=60).open().close()
+        )
+        waiting.start()
+        wait_until(lambda: any(r.state is RunState.WAITING for r in RunRegistry().runs()))
+    waiting.join()
+    assert not held(cfg)
+
+
+def test_a_timeout_without_a_locker_is_a_clear_error(cfg):
+    block = managed_environment(cfg, manager=InfrastructureManager(locker=None), timeout=60)
+    with pytest.raises(ConfigurationError, match=r"timeout=60.*no locker"):
+        block.__enter__()
+    for wrong in (-1, "60", True, float("nan")):
+        with pytest.raises(ConfigurationError, match="timeout"):
+            managed_environment(cfg, timeout=wrong).__enter__()
+
+
+def test_an_async_block_waits_without_stopping_the_event_loop(cfg):
+    async def main() -> tuple[int, bool]:
+        ticks = 0
+        holder = managed_environment(cfg).open()
+
+        async def wait() -> bool:
+            async with managed_environment(cfg, timeout=None):
+                return held(cfg)
+
+        waiting = asyncio.create_task(wait())
+        while not any(r.state is RunState.WAITING for r in RunRegistry().runs()):
+            await asyncio.sleep(0.001)
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+            ticks += 1
+        assert not waiting.done()
+        holder.close()
+        return ticks, await waiting
+
+    assert asyncio.run(main()) == (20, True)
+    assert not held(cfg)
+
+
+def test_a_task_that_is_cancelled_while_it_waits_never_gets_the_lock(cfg):
+    async def main() -> None:
+        async def wait() -> None:
+            async with managed_environment(cfg, timeout=None):
+                raise AssertionError("got it")
+
+        with managed_environment(cfg):
+            waiting = asyncio.create_task(wait())
+            while not any(r.state is RunState.WAITING for r in RunRegistry().runs()):
+                await asyncio.sleep(0.001)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert [r.state for r in RunRegistry().runs()] == [RunState.RUNNING]
+
+    asyncio.run(main())
+    assert not held(cfg)
+
+
+def test_the_modules_are_there_after_an_import_of_the_package(tmp_path):
+    run = run_python(
+        tmp_path,
+        """
+        import orchard_infra
+        print(orchard_infra.errors.ReleaseError.__name__)
+        print(orchard_infra.locks.file.FileLock().timeout)
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output.split() == ["ReleaseError", "0.0"]
+
+
 # --- nesting, joining, forking ---
 
 
@@ -293,6 +426,85 @@ def test_a_forked_child_that_leaves_the_block_releases_nothing(tmp_path):
     assert run.output.splitlines() == ["left False", "still ours True", "left True"]
 
 
+def test_environments_that_overlap_each_take_back_their_own(cfg, monkeypatch):
+    monkeypatch.setenv("TMPDIR", os.environ["TMPDIR"])
+    before = dict(os.environ)
+    manager = InfrastructureManager(cleaner=TemporaryArtifacts(set_tmpdir=True))
+    first = managed_environment("first", manager=manager).open()
+    second = managed_environment("second", manager=manager).open()
+    first.close()
+    assert os.environ["ORCHARD_INFRA_RUN_ID"] == second.run.run_id
+    assert os.environ["TMPDIR"] == str(second.tmp_dir)
+    second.verify()
+    second.close()
+    assert dict(os.environ) == before
+
+
+def test_overlapping_environments_of_one_manager_without_a_lock_end_by_themselves():
+    manager = InfrastructureManager(locker=None)
+    first = managed_environment("same", manager=manager)
+    second = managed_environment("same", manager=manager)
+    one, two = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert not one.tmp_dir.exists()
+    assert two.tmp_dir.exists()
+    second.__exit__(None, None, None)
+    assert not two.tmp_dir.exists()
+
+
+def test_a_copy_of_what_holds_the_lock_does_not_give_it_away(cfg):
+    manager = InfrastructureManager()
+
+    @dataclasses.dataclass
+    class Orchestrator:
+        manager: InfrastructureManager
+        env: Environment
+
+    with managed_environment(cfg, manager=manager) as env:
+        for copied in (
+            copy.copy(env),
+            copy.deepcopy(env),
+            dataclasses.asdict(Orchestrator(manager, env))["env"],
+        ):
+            assert copied is env
+        del copied
+        assert copy.deepcopy(manager) == manager == pickle.loads(pickle.dumps(manager))
+        snapshot = pickle.loads(pickle.dumps(env))
+        assert snapshot.run == env.run
+        snapshot.close()
+        del snapshot
+        env.verify()
+        with pytest.raises(EnvironmentLockedError):
+            managed_environment(cfg).__enter__()
+        assert held(cfg)
+
+
+# --- over the cells of a notebook ---
+
+
+def test_a_cell_that_is_run_twice_does_not_lose_the_handle(cfg):
+    env = managed_environment(cfg).open()
+    with pytest.raises(EnvironmentLockedError, match="current_environments"):
+        managed_environment(cfg).open()
+    assert current_environments() == (env,)
+    current_environments()[0].close()
+    assert current_environments() == ()
+    assert not held(cfg)
+    env.close()  # twice is once
+
+
+def test_what_open_has_entered_close_releases(cfg):
+    block = managed_environment(cfg)
+    env = block.open()
+    block.close()
+    block.close()
+    assert not held(cfg)
+    with block:
+        assert held(cfg)
+    env.close()
+    assert not held(cfg)
+
+
 # --- by hand ---
 
 
@@ -328,6 +540,58 @@ def test_an_equal_configuration_releases_what_another_one_prepared(cfg):
     env = manager.prepare_environment(cfg)
     manager.release_resources(EnvironmentConfig("digits"))
     assert not env.lock_path.exists()
+
+
+def test_any_manager_releases_what_another_one_prepared(cfg):
+    env = InfrastructureManager().prepare_environment(cfg)
+    InfrastructureManager(stopper=None).release_resources(cfg)
+    assert not env.lock_path.exists()
+
+
+def test_a_release_needs_the_path_of_the_lock_only(cfg):
+    env = InfrastructureManager().prepare_environment(cfg)
+    bare = SimpleNamespace(hardware=SimpleNamespace(lock_file_path=str(env.lock_path)))
+    try:
+        raise KeyError("body")
+    except KeyError:
+        InfrastructureManager().release_resources(bare)
+    assert not env.lock_path.exists()
+
+
+def test_an_equal_cfg_with_a_relative_path_releases_after_a_chdir(tmp_path, monkeypatch):
+    def cfg() -> SimpleNamespace:
+        return SimpleNamespace(
+            hardware=SimpleNamespace(allow_process_kill=False, lock_file_path="locks/x.lock")
+        )
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    env = InfrastructureManager().prepare_environment(cfg())
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    InfrastructureManager().release_resources(cfg())
+    assert env.lock_path == tmp_path / "locks" / "x.lock"
+    assert not env.lock_path.exists()
+
+
+def test_of_several_the_newest_of_this_thread_is_released():
+    manager = InfrastructureManager(locker=None, stopper=None)
+    mine = [manager.prepare_environment("same") for _ in range(2)]
+    others: list[Environment] = []
+    thread = threading.Thread(target=lambda: others.append(manager.prepare_environment("same")))
+    thread.start()
+    thread.join()
+    manager.release_resources("same")
+    assert current_environments() == (mine[0], others[0])
+    manager.release_resources("same")
+    assert current_environments() == (others[0],)
+    manager.release_resources("same")
+    assert current_environments() == ()
+
+
+def test_what_a_block_holds_is_not_released_by_hand(cfg):
+    with managed_environment(cfg) as env:
+        InfrastructureManager().release_resources(cfg)
+        env.verify()
 
 
 def test_a_program_that_ends_without_a_release_leaves_nothing(tmp_path, runtime_directory):
@@ -379,118 +643,12 @@ def test_a_failing_release_of_another_manager_does_not_hide_the_body_s_error(cfg
         pass
 
 
-class Recorder:
-    """Strategies that note the order in which they are called, and fail when told to."""
-
-    def __init__(self, fail: tuple[str, ...] = ()) -> None:
-        self.order: list[str] = []
-        self.fail = fail
-
-    def note(self, name: str) -> None:
-        self.order.append(name)
-        if name in self.fail:
-            raise OSError(f"{name} failed")
-
-    # a sanitizer
-    def sanitize(self, scene: Any) -> Any:
-        self.note("sanitize")
-        from orchard_infra import SanitizeReport
-
-        return SanitizeReport()
-
-    def stop_survivors(self, dead: Any, scene: Any) -> tuple[()]:
-        return ()
-
-    def stop_leftovers(self, scene: Any) -> Any:
-        self.note("leftover children")
-        from orchard_infra import SanitizeReport
-
-        return SanitizeReport()
-
-    # a locker and its lease
-    interval = 60.0
-
-    def acquire(self, path: Any, record: Any, *, clear_dead: Any, logger: Any) -> Any:
-        self.note("acquire")
-        return self
-
-    def holder(self, path: Any) -> None:
-        return None
-
-    def verify(self) -> None: ...
-
-    def renew(self) -> None: ...
-
-    def release(self) -> None:
-        self.note("lock")
-
-    # a flusher
-    def flush(self, error: BaseException | None = None) -> FlushReport:
-        self.note("device caches")
-        return FlushReport()
-
-
-class Artifacts:
-    def __init__(self, recorder: Recorder, base: Path) -> None:
-        self.recorder = recorder
-        self.real = TemporaryArtifacts(base=base)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
-
-    def open(self, tmp_dir: Path) -> None:
-        self.recorder.note("tmp dir")
-        self.real.open(tmp_dir)
-
-    def close(self, tmp_dir: Path, *, failed: bool, since: float) -> Any:
-        self.recorder.note("failed" if failed else "temporary artifacts")
-        return self.real.close(tmp_dir, failed=failed, since=since)
-
-
-def recording(tmp_path: Path, *fail: str) -> tuple[Recorder, InfrastructureManager]:
-    recorder = Recorder(fail)
-    return recorder, InfrastructureManager(
-        sanitizer=recorder,
-        locker=recorder,
-        flusher=recorder,
-        cleaner=Artifacts(recorder, tmp_path),
-    )
-
-
-ORDER = ["leftover children", "device caches", "temporary artifacts", "lock"]
-
-
-def test_the_release_goes_in_its_order(cfg, tmp_path):
-    recorder, manager = recording(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    with managed_environment(cfg, manager=manager):
-        assert recorder.order == ["acquire", "sanitize", "tmp dir"]
-    assert recorder.order[3:] == ORDER
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_every_step_runs_although_others_fail_and_all_failures_are_told(cfg, tmp_path, caplog):
-    recorder, manager = recording(tmp_path, *ORDER)
-    with pytest.raises(ReleaseError) as caught, managed_environment(cfg, manager=manager) as env:
-        pass
-    assert recorder.order[3:] == ORDER
-    assert [str(failure) for failure in caught.value.failures] == [f"{n} failed" for n in ORDER]
-    assert isinstance(caught.value, OSError)
-    assert env.report.failures == caught.value.failures
-    assert "ORCHARD_INFRA_RUN_ID" not in os.environ
-
-
-def test_the_body_s_exception_is_never_masked(cfg, tmp_path, caplog):
-    recorder, manager = recording(tmp_path, "device caches", "lock")
-    with pytest.raises(KeyError, match="body"), managed_environment(cfg, manager=manager):
-        raise KeyError("body")
-    assert recorder.order[-1] == "lock"
-    assert "device caches failed" in caplog.text  # but not lost either
-
-
 def test_a_failing_flush_never_keeps_the_lock(cfg):
+    @attrs.frozen
     class DeviceAssert:
-        def flush(self, error: BaseException | None = None) -> FlushReport:
+        @contextmanager
+        def around(self, env: Environment) -> Iterator[None]:
+            yield
             raise RuntimeError("CUDA error: device-side assert triggered")
 
     manager = InfrastructureManager(flusher=DeviceAssert())
@@ -498,15 +656,6 @@ def test_a_failing_flush_never_keeps_the_lock(cfg):
     with pytest.raises(ReleaseError, match="device-side assert"), block:
         pass
     assert not held(cfg)
-
-
-def test_what_was_taken_is_given_back_when_a_later_step_of_prepare_fails(cfg, tmp_path):
-    recorder, manager = recording(tmp_path, "tmp dir")
-    with pytest.raises(OSError, match="tmp dir failed"):
-        managed_environment(cfg, manager=manager).__enter__()
-    assert recorder.order == ["acquire", "sanitize", "tmp dir", "lock"]
-    assert RunRegistry().runs() == ()
-    assert "ORCHARD_INFRA_RUN_ID" not in os.environ
 
 
 def test_a_job_that_is_none_is_switched_off(cfg):
