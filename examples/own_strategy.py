@@ -1,14 +1,16 @@
-"""Replace one job of the manager by your own.
+"""A strategy of your own: one generator function.
 
-A strategy is any object with the methods of its protocol; nothing needs to be inherited. This
-flusher also empties the cache of features that the program keeps in memory.
+Everything before the ``yield`` is done on the way into the environment, everything after it on the
+way out. This one empties the cache of features that the program keeps in memory.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import attrs
 
-from orchard_infra import FlushReport, InfrastructureManager, TorchCacheFlusher, managed_environment
+from orchard_infra import Environment, InfrastructureManager, managed_environment
 
 
 @functools.cache
@@ -17,18 +19,17 @@ def features(index: int) -> bytes:
 
 
 @attrs.frozen
-class FeatureCacheFlusher:
-    """Forget the features, then do what is done by default."""
-
-    default: TorchCacheFlusher = attrs.Factory(TorchCacheFlusher)
-
-    def flush(self, error: BaseException | None = None) -> FlushReport:
-        features.cache_clear()
-        return self.default.flush(error)
+class ForgetFeatures:
+    @contextmanager
+    def around(self, env: Environment) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            features.cache_clear()
 
 
 def main() -> None:
-    manager = InfrastructureManager(flusher=FeatureCacheFlusher())
+    manager = InfrastructureManager(extras=(ForgetFeatures(),))
     with managed_environment("own-strategy", manager=manager):
         for index in range(20):
             features(index)

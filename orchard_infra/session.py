@@ -72,6 +72,7 @@ class Session:
     env: Environment = attrs.field(init=False)
     _exits: Exits = attrs.field(init=False)
     _registration: Registration | None = attrs.field(default=None, init=False)
+    _reserves: bool = attrs.field(default=False, init=False)
     _prepared: bool = attrs.field(default=False, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
@@ -110,7 +111,7 @@ class Session:
         self.env = env = self._make_environment(registry, joined)
         with uninterrupted():
             reserve.hold()
-            self._exits.callback("reserved descriptors", reserve.let_go)
+            self._reserves = True
             env._begin()
             self._exits.callback("stop requests", env._end)
         self._enter_strategy("signal handlers", self.stopper)
@@ -209,7 +210,7 @@ class Session:
         self._closed = True
         began = time.perf_counter()
         try:
-            self._leave(error)
+            raised_by_handler = self._leave(error)
         finally:
             if self in _open:
                 _open.remove(self)
@@ -223,18 +224,30 @@ class Session:
             raise ReleaseError(
                 f"the environment was released, but not all of it: {told}", failures=failures
             ) from failures[0]
+        if raised_by_handler is not None and error is None:
+            raise raised_by_handler
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(self, error: BaseException | None) -> BaseException | None:
+        """Leave everything. Returns what the program's own handler of SIGCHLD raised after that."""
+        try:
+            with child_signals_deferred():
+                self._leave_all(error)
+        except Exception as failure:
+            self.logger.error("the handler of SIGCHLD, after the release: %s", failure)
+            return failure
+        return None
+
+    def _leave_all(self, error: BaseException | None) -> None:
         exits = self._exits
-        with child_signals_deferred():
-            try:
+        try:
+            if self._reserves:
                 reserve.let_go()
-                for step in tuple(self.env._before_release) if hasattr(self, "env") else ():
+                for step in tuple(self.env._before_release):
                     if not exits.attempt("before the release", step):
                         # A signal may have come just before the step that holds them back.
                         exits.attempt("before the release", step)
-            finally:
-                exits.close(error)
+        finally:
+            exits.close(error)
 
     def _raise_held(self, error: BaseException | None) -> None:
         """Raise the signal that came during the release, unless the program is ending anyway."""
