@@ -167,6 +167,16 @@ class Environment:
 
     # For strategies.
 
+    def wait_for_callbacks(self, seconds: float) -> bool:
+        """Wait for the callbacks of `on_stop` if a stop was requested; whether all have returned.
+
+        A request that has come just now is announced first.
+        """
+        if self._requested is None:
+            return True
+        background.finish(self._announcement)
+        return self._callbacks.wait(seconds)
+
     def before_release(self, step: Callable[[], object]) -> None:
         """Have ``step`` carried out when the body has ended, before any strategy is left."""
         self._before_release.append(step)
@@ -211,6 +221,7 @@ class Environment:
         background.add(self._announcement)
 
     def _end(self) -> None:
+        background.finish(self._announcement)  # a request that came during the release is told
         background.remove(self._announcement)
 
 

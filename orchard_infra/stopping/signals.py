@@ -4,15 +4,13 @@ By default SIGTERM ends Python at once: no ``finally``, no ``__exit__``. `Signal
 exception in the main thread, or a flag that a loop looks at.
 
 A handler interrupts the main thread anywhere, inside of a logging call or with a lock in its
-hands. So the handlers here set attributes, put a message into a queue whose ``put`` may be
-interrupted by itself, and raise. Whatever is to be said or called is left to a thread.
+hands. So the handlers here set attributes, wake the background thread in a way that may be
+interrupted by itself, and raise. Whatever is to be said or called is left to that thread.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import queue
 import signal
 import sys
 import threading
@@ -20,19 +18,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from signal import Signals
-from types import FrameType
-from typing import Any, Literal, Protocol
+from types import FrameType, TracebackType
+from typing import Any, Literal
 
 import attrs
 
+from orchard_infra.environment import Environment
 from orchard_infra.stopping.takeover import Takeover, is_bad_moment, is_forking, takeover_of
-from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system import background
+from orchard_infra.system.background import Task
+from orchard_infra.system.masking import is_in_main_thread, uninterrupted
 
-_JOIN = 5.0  # seconds that the end of a watch waits for its thread
 _AGAIN = 0.1  # seconds until a signal that a blocking call slept through is sent again
 _SOON = 0.02  # seconds until one that came at a bad moment is
-_THREAD = "orchard-infra-stop"
-_END = object()
 
 
 class RunStopped(SystemExit):
@@ -51,51 +49,6 @@ class RunStopped(SystemExit):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.signum,)
-
-
-@attrs.frozen
-class StopRequest:
-    """Why a run should stop, and since when (epoch seconds). ``signal`` is None if it was none."""
-
-    reason: str
-    at: float
-    signal: Signals | None = None
-
-
-class StopWatch(Protocol):
-    """What `Stopper.arm` returns: a watch for one run, from then until `disarm`."""
-
-    @property
-    def requested(self) -> StopRequest | None:
-        """The first request to stop; None while there is none."""
-        ...
-
-    def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
-        """Have ``callback`` called in another thread once a stop is requested, or now if it is.
-
-        Callbacks are called one after the other, in the order in which they were given.
-        """
-        ...
-
-    def request(self, reason: str) -> None:
-        """Ask the run to stop, from any thread. Nothing is raised into it."""
-        ...
-
-    def hold(self) -> None:
-        """The release begins: keep what arrives from now on, for a bounded time."""
-        ...
-
-    def disarm(self) -> BaseException | None:
-        """End the watch. Returns what a signal that was held is to raise, and raises nothing."""
-        ...
-
-
-class Stopper(Protocol):
-    """Lets a run know that it is to stop."""
-
-    def arm(self, logger: logging.Logger) -> StopWatch:
-        """Begin to watch. All or nothing, also when a signal arrives meanwhile."""
-        ...
 
 
 def _to_signals(signals: Iterable[int]) -> tuple[Signals, ...]:
@@ -122,16 +75,20 @@ class SignalStop:
     for Ctrl-C.
 
     ``signals`` are those that ask to stop; add SIGUSR1 or SIGUSR2 where a scheduler warns with
-    them. What arrives while a `RunStopped` is under way, or during the release, waits for the
-    end of the release, but no longer than ``hold_limit`` seconds. It is raised then, wherever the
-    main thread is, and so is all that comes later: a release that hangs can be interrupted.
+    them. A signal that arrives while a `RunStopped` is under way, or during the release, waits for
+    the end of the release, but no longer than ``hold_limit`` seconds. It is raised then, wherever
+    the main thread is, and so is every later one: a release that hangs can be interrupted.
+
+    A stop is never lost. One that arrived during the release of a run that failed is raised after
+    it, with the error of the run as its context: a sweep that catches the errors of its trials
+    ends all the same.
 
     Only default handlers are replaced, and put back at the end. A handler of somebody else
     (Lightning, submitit, a notebook, or one that a C library installed) stays, and so does an
     ignored signal (nohup). In a forked child signals do what they did before.
 
-    Outside of the main thread there are no handlers, only `StopWatch.request`. On Windows there
-    is no SIGHUP, and a deadline does not interrupt a blocking call; neither is tested.
+    Outside of the main thread there are no handlers, only `Environment.request_stop`. On Windows
+    there is no SIGHUP, and a deadline does not interrupt a blocking call; neither is tested.
     """
 
     mode: Literal["raise", "flag"] = attrs.field(
@@ -149,106 +106,116 @@ class SignalStop:
         if self.deadline is not None and self.mode != "flag":
             raise ValueError('a deadline is for mode="flag"; otherwise a signal raises at once')
 
-    def arm(self, logger: logging.Logger) -> SignalWatch:
-        """See `Stopper.arm`. In the main thread, before threads or loops rely on the handlers.
-
-        Raises:
-            RunStopped: A signal arrived meanwhile. The handlers are those of before.
+    def around(self, env: Environment) -> SignalWatch:
+        """See `Strategy.around`. To be entered in the main thread, before threads or event loops
+        rely on the handlers.
         """
-        watch = SignalWatch(self, logger)
-        try:
-            watch.start()
-        except BaseException:
-            watch.disarm()
-            raise
-        return watch
+        return SignalWatch(self, env)
 
 
 @attrs.define(eq=False, repr=False)
 class SignalWatch(Takeover):
-    """The live side of `SignalStop`.
+    """The live side of `SignalStop`, for one environment.
 
     Where environments nest, the innermost one decides whether a signal raises; the flags of those
     around it are set as well. When it ends they get what it held, or took for a mere flag.
     """
 
     config: SignalStop
-    logger: logging.Logger
-    requested: StopRequest | None = attrs.field(default=None, init=False)
+    env: Environment
     _signalled: int | None = attrs.field(default=None, init=False)
     _raised: bool = attrs.field(default=False, init=False)
     _under_way: Callable[[], object] = attrs.field(default=lambda: None, init=False)
     _holding: bool = attrs.field(default=False, init=False)
-    _hold_until: float = attrs.field(default=0.0, init=False)  # monotonic, as is _due
+    _hold_until: float = attrs.field(default=0.0, init=False)  # monotonic, as all times here
     _tried_since: float = attrs.field(default=math.inf, init=False)
     _held: list[int] = attrs.field(factory=list, init=False)
-    _due: float | None = attrs.field(default=None, init=False)  # when to signal ourselves
-    _mail: queue.SimpleQueue[Any] = attrs.field(factory=queue.SimpleQueue, init=False)
-    _sending: threading.Lock = attrs.field(factory=threading.Lock, init=False)  # not in handlers
-    _thread: threading.Thread | None = attrs.field(default=None, init=False)
+    _deadline: float = attrs.field(default=math.inf, init=False)
+    _again: float = attrs.field(default=math.inf, init=False)  # when what is held is sent again
+    _task: Task = attrs.field(init=False)
 
-    def start(self) -> None:
-        """Take over the default handlers."""
-        ctrl_c = (signal.SIGINT,) if self.config.mode == "flag" else ()
-        try:
-            self._thread = threading.Thread(target=self._attend, name=_THREAD, daemon=True)
-            with uninterrupted():  # a signal that the thread took would not wake the main thread
-                self._thread.start()
-            for signum in self.take_over((*self.config.signals, *ctrl_c)):
-                self.logger.debug("%s has another handler, which stays", signum.name)
-        except (ValueError, RuntimeError) as error:  # RuntimeError: no thread can be started
-            self.logger.debug("signals are not watched: %s", error)
+    def __attrs_post_init__(self) -> None:
+        self._task = Task(self._signal_if_due)
 
-    def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
-        """See `StopWatch.on_stop`. In mode "raise" they run while the main thread unwinds.
+    def __enter__(self) -> None:
+        """Take over the default handlers, all or none, also when a signal arrives meanwhile.
 
-        The release waits for them, at most ``hold_limit`` seconds. What they raise is logged.
+        Raises:
+            RunStopped: A signal arrived meanwhile.
         """
-        # The thread blocks all signals, and so would the children of a callback. It is called
-        # with the mask of its giver.
-        self._mail.put((callback, _signal_mask(None)))
+        try:
+            self._start()
+        except BaseException:
+            self._end()
+            raise
 
-    def request(self, reason: str) -> None:
-        """See `StopWatch.request`."""
-        if self.requested is None:
-            self.requested = StopRequest(reason, time.time())
-        self._mail.put(None)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Give the handlers back. Watches may end in any order.
+
+        Raises:
+            BaseException: `RunStopped`, or `KeyboardInterrupt`, for the first signal that was held
+                and that no watch around this one takes for a flag; not if the run ended with one
+                already. Nothing a second time, or in a child.
+        """
+        held = self._end()
+        if held is not None and type(held) is not kind:
+            raise held
 
     def hold(self) -> None:
-        """See `StopWatch.hold`. Covers Ctrl-C as well, and waits for callbacks that still run."""
-        if self._holding or not self.is_live:
+        """The release begins: keep what arrives from now on, Ctrl-C included, for a bounded time.
+
+        Waits for callbacks that still run.
+        """
+        if not self.is_live or (self._holding and self._hold_until < math.inf):
             return
         with uninterrupted():
             self._hold_until = math.inf
             self._holding = True
-            try:
-                self.take_over((*self.config.signals, signal.SIGINT))
-            except ValueError:  # not in the main thread
-                pass
-        if self.requested is not None and self._thread_to_wait_for() is not None:
-            self._wait_for_callbacks()
+            if is_in_main_thread():
+                try:
+                    self.take_over((*self.config.signals, signal.SIGINT))
+                except ValueError:  # a subinterpreter
+                    pass
+        if not self.env.wait_for_callbacks(self.config.hold_limit):
+            self.env.logger.warning("a callback of on_stop still runs; the release goes on")
         self._hold_until = time.monotonic() + self.config.hold_limit
-        self._due = self._hold_until if self._held else None
-        self._mail.put(None)
+        if self._held:
+            self._again = self._hold_until
+            self._schedule()
 
-    def disarm(self) -> BaseException | None:
-        """See `StopWatch.disarm`. Nested watches may end in any order.
+    def _start(self) -> None:
+        self.env.before_release(self.hold)
+        ctrl_c = (signal.SIGINT,) if self.config.mode == "flag" else ()
+        problem: object = None
+        if not is_in_main_thread():
+            problem = "signals reach the main thread only"
+        elif not background.add(self._task):
+            problem = "no thread can be started"
+        else:
+            try:
+                for signum in self.take_over((*self.config.signals, *ctrl_c)):
+                    self.env.logger.debug("%s has another handler, which stays", signum.name)
+            except ValueError as error:  # a subinterpreter
+                problem = error
+        if problem is not None:
+            self.env.logger.debug("signals are not watched: %s", problem)
 
-        Returns `RunStopped`, or `KeyboardInterrupt`, for the first signal that was held and that
-        no watch around this one takes for a flag. Does nothing a second time, or in a child.
-        """
+    def _end(self) -> BaseException | None:
         if not self.is_live:
             return None
-        self.hold()
-        self._hold_until = math.inf
-        with self._sending:
-            self._due = None
-            self._mail.put(_END)
-        thread = self._thread_to_wait_for()
-        if thread is not None:
-            thread.join(_JOIN)
-        self._held += [signum for signum in self.give_back() if signum not in self._held]
-        return self._deliver()
+        try:
+            self.hold()
+        finally:  # a last signal may have come before it could be held
+            self._hold_until = math.inf
+            background.remove(self._task)  # nothing is sent any more: it would end the process
+            self._held += [signum for signum in self.give_back() if signum not in self._held]
+            late = self._deliver()
+        return late
 
     # What runs in a handler.
 
@@ -257,7 +224,7 @@ class SignalWatch(Takeover):
         watches = [self, *self._around(signum)]
         for watch in watches:
             if watch._must_hold(signum):
-                watch._hold_back(signum, watch._hold_until if watch._holding else None)
+                watch._hold_back(signum, watch._hold_until if watch._holding else math.inf)
                 return
         if not any(watch._holding for watch in watches):
             first = self._signalled is None
@@ -272,7 +239,7 @@ class SignalWatch(Takeover):
             return
         self._tried_since = math.inf
         for watch in watches:
-            watch._due = None
+            watch._deadline = watch._again = math.inf
             if signum in watch._held:
                 watch._held.remove(signum)
         raise self._exception(signum)
@@ -290,21 +257,20 @@ class SignalWatch(Takeover):
         stopping = signum != signal.SIGINT and self._under_way() is not None
         return (self._holding or stopping) and time.monotonic() < self._hold_until
 
-    def _hold_back(self, signum: int, until: float | None) -> None:
+    def _hold_back(self, signum: int, until: float) -> None:
+        self._again = until
         if signum not in self._held:
             self._held.append(signum)
-        self._due = until
-        self._mail.put(None)
+        self._schedule()
 
     def _note(self, signum: int) -> None:
         if self._signalled is not None:
             return
         self._signalled = signum
-        if self.requested is None:
-            self.requested = StopRequest(Signals(signum).name, time.time(), Signals(signum))
+        self.env.request_stop(Signals(signum).name, Signals(signum))
         if self.config.deadline is not None:
-            self._due = time.monotonic() + self.config.deadline
-        self._mail.put(None)
+            self._deadline = time.monotonic() + self.config.deadline
+            self._schedule()
 
     def _exception(self, signum: int) -> BaseException:
         """What the signal raises, with it noted that it is under way."""
@@ -319,26 +285,31 @@ class SignalWatch(Takeover):
             watch._under_way = under_way
         return error
 
+    def _next_due(self) -> float:
+        due = self._again if self._held else math.inf
+        return due if self._is_past_deadlines() else min(due, self._deadline)
+
+    def _is_past_deadlines(self) -> bool:
+        return self._holding or self._raised
+
+    def _schedule(self) -> None:
+        while True:
+            due = self._next_due()
+            self._task.due = None if due == math.inf else due
+            if due == self._next_due():  # else a handler has come between
+                break
+        if due < math.inf:
+            background.wake()
+
     # The rest runs in the open.
 
-    def _thread_to_wait_for(self) -> threading.Thread | None:
-        """None if it could not be started, or is us."""
-        thread = self._thread
-        if thread is None or not thread.is_alive() or thread is threading.current_thread():
-            return None
-        return thread
-
-    def _wait_for_callbacks(self) -> None:
-        done = threading.Event()
-        self._mail.put(done)
-        if not done.wait(self.config.hold_limit):
-            self.logger.warning("a callback of on_stop still runs; the release goes on")
-
     def _deliver(self) -> BaseException | None:
-        """As if they came now. What was a mere flag here may be more to the watch around."""
+        """Deliver the signals that were held back. What was a mere flag here may be more to the
+        watch around.
+        """
         raised: BaseException | None = None
         for signum in tuple(self._held):
-            self.logger.info("held until the end of the release: %s", Signals(signum).name)
+            self.env.logger.info("held until the end of the release: %s", Signals(signum).name)
             around = self._around(signum)
             try:
                 if not around:
@@ -352,78 +323,32 @@ class SignalWatch(Takeover):
                 raised = around[0]._exception(self._signalled)
         return raised
 
-    def _attend(self) -> None:
-        """The thread: it says and calls what a handler must not, and signals when it is due."""
-        callbacks: list[tuple[Callable[[StopRequest], object], set[Any]]] = []
-        announced = False
-        while True:
-            due = self._due
-            rest = None if due is None else min(max(0.0, due - time.monotonic()), 3600.0)
-            try:
-                message = self._mail.get(timeout=rest)
-            except queue.Empty:
-                message = None
-            if isinstance(message, tuple):
-                callbacks.append(message)
-            request = self.requested
-            if request is not None:
-                if not announced:
-                    announced = True
-                    self.logger.warning(
-                        "stop requested: %s", request.reason, extra={"stop_request": request}
-                    )
-                while callbacks:
-                    self._call(*callbacks.pop(0), request)
-            if isinstance(message, threading.Event):
-                message.set()
-            if message is _END:
-                return
-            self._signal_if_due()
-
-    def _call(
-        self, callback: Callable[[StopRequest], object], mask: set[Any], request: StopRequest
-    ) -> None:
-        before = _signal_mask(mask)
-        try:
-            callback(request)
-        except BaseException:  # also a sys.exit: it would end this thread, and nothing else
-            self.logger.exception("a callback of on_stop failed")
-        finally:
-            _signal_mask(before)
-
     def _signal_if_due(self) -> None:
-        """Interrupt the main thread, be it in a blocking call, with the signal that waits."""
-        with self._sending:  # not while the watch ends: the default handler would end the process
-            now = time.monotonic()
-            if self._due is None or now < self._due:
-                return
-            if is_forking():
-                self._due = now + _SOON
-                return
-            # Once more if need be: a signal that comes right before a call blocks waits with it.
-            self._due = now + _AGAIN
-            signum = [*self._held, None if self._holding else self._signalled][0]
-            handler = signal.getsignal(signum) if signum else None
+        """In the background thread: interrupt the main thread, be it in a blocking call, with a
+        signal that was put off, or with the one whose deadline has passed.
+        """
+        now, held = time.monotonic(), tuple(self._held)
+        is_forking_now = is_forking()
+        # Once more if need be: a signal that comes right before a call blocks waits with it.
+        later = now + (_SOON if is_forking_now else _AGAIN)
+        signum: int | None = None
+        if held and now >= self._again:
+            signum, self._again = held[0], later
+        elif now >= self._deadline and not self._is_past_deadlines():
+            signum, self._deadline = self._signalled, later
+        if signum is not None and not is_forking_now:
+            handler = signal.getsignal(signum)
             takeover = takeover_of(handler)
-            if signum in self._held and handler is signal.default_int_handler:
+            if signum in held and handler is signal.default_int_handler:
                 self._held.remove(signum)  # it was put off by a fork, and is Python's again
-                self._due = self._due if self._held else None
             elif takeover is None or not takeover.is_live:
-                signum = self._due = None
-            if signum is None:
-                return
-            if sys.platform == "win32":
-                import _thread
+                signum, self._again, self._deadline = None, math.inf, math.inf
+        self._schedule()
+        if signum is None or is_forking_now:
+            return
+        if sys.platform == "win32":
+            import _thread
 
-                _thread.interrupt_main(signum)
-            else:
-                signal.pthread_kill(threading.main_thread().ident or 0, signum)
-
-
-def _signal_mask(mask: set[Any] | None) -> set[Any]:
-    """The signals that this thread blocks; from now on those of ``mask``, if there is one."""
-    if sys.platform == "win32":
-        return set()
-    if mask is None:
-        return signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    return signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            _thread.interrupt_main(signum)
+        else:
+            signal.pthread_kill(threading.main_thread().ident or 0, signum)

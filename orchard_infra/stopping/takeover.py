@@ -1,15 +1,12 @@
 """Signal handlers that replace the default ones for a while, and are never in the way.
 
 What there is to know about the operating system and about Python's own signal handling is here;
-`orchard_infra.stopping` says what a signal means.
+`orchard_infra.stopping.signals` says what a signal means.
 """
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]
-import _weakrefset
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -24,6 +21,8 @@ from typing import Any
 
 import attrs
 
+from orchard_infra.system.masking import is_in_main_thread, keep_away
+
 # Where a lock changes hands without a `with`.
 _LOCKING = {
     threading.__file__: {
@@ -36,12 +35,19 @@ _LOCKING = {
         *("_clear_cache", "addLevelName", "basicConfig", "shutdown"),
     },
 }
-_WEAK_FILES = {weakref.__file__, _weakrefset.__file__}
-_THRESHOLD = {"__enter__", "prepare_environment", "arm", "__exit__", "release_resources", "hold"}
+# Python prints what is raised in the callback of a weak reference, and goes on.
+_WEAK_FILES = {weakref.__file__, weakref.WeakSet.add.__code__.co_filename}
+# The way into an environment, and out of it.
+_THRESHOLD = {
+    *("__enter__", "__aenter__", "open", "prepare_environment", "prepare", "prepare_async"),
+    *("__exit__", "__aexit__", "close", "release_resources", "hold"),
+}
 _PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _BUSY = 1.0  # seconds that a handler takes at the most
-_LOCKING_LASTS = 1.0  # seconds for which locks that change hands are waited for
-_THRESHOLD_LASTS = 0.1  # seconds for which the way into or out of an environment is
+_LOCKING_LASTS = 1.0  # seconds to wait while locks change hands
+_THRESHOLD_LASTS = 0.1  # seconds to wait while an environment is being entered or left
+
+_taken: set[int] = set()  # the signals that this process has ever taken over
 
 
 @attrs.define(eq=False, repr=False)  # signal.getsignal calls the repr
@@ -67,7 +73,9 @@ class Takeover:
         raise NotImplementedError
 
     def put_off(self, signum: int) -> None:
-        """Have it come again soon: another one is just acted upon, or a fork is under way."""
+        """Have the signal come again soon: another one is being acted upon, or a fork is under
+        way.
+        """
         raise NotImplementedError
 
     def take_over(self, signums: Iterable[Signals]) -> list[Signals]:
@@ -76,21 +84,28 @@ class Takeover:
         Raises:
             ValueError: This is not the main thread of the main interpreter.
         """
-        in_c = _caught_in_c()
+        in_c: int | None = None
         others = []
         for signum in signums:
-            current = _living(signal.getsignal(signum), signum)
+            current = signal.getsignal(signum)
+            if current == self._handle:
+                continue
+            current = _living(current, signum)
             if self in _around(current, signum):
                 continue
             if current is signal.SIG_DFL:
-                default = signum not in in_c
+                in_c = _caught_in_c() if in_c is None else in_c
+                default = not in_c >> (signum - 1) & 1
             else:
                 default = current is signal.default_int_handler or takeover_of(current) is not None
-            if default:
-                self._previous[signum] = current  # first: it may be needed the next moment
-                signal.signal(signum, self._handle)
-            else:
+            if not default:
                 others.append(signum)
+                continue
+            if signum not in _taken:
+                _taken.add(signum)
+                keep_away([signum])
+            self._previous[signum] = current  # first: it may be needed the next moment
+            signal.signal(signum, self._handle)
         return others
 
     def give_back(self) -> list[int]:
@@ -99,10 +114,10 @@ class Takeover:
         A handler that somebody has put over ours stays. Outside of the main thread nothing can be
         put back; ours pass on what they get.
         """
-        ours = [s for s in self._previous if signal.getsignal(s) == self._handle]
         try:
-            if not ours or not _is_in_main_thread():
+            if not self._previous or not is_in_main_thread():
                 return []
+            ours = [s for s in self._previous if signal.getsignal(s) == self._handle]
             with _arrivals() as arrived:
                 for signum in ours:
                     signal.signal(signum, self._living_previous(signum))
@@ -141,7 +156,7 @@ class Takeover:
 
 
 def takeover_of(handler: Any) -> Takeover | None:
-    """Whose handler this is."""
+    """The takeover that this handler is one of."""
     owner = getattr(handler, "__self__", None)
     return owner if isinstance(owner, Takeover) else None
 
@@ -226,13 +241,10 @@ class _Fork:
     masks: list[set[int]] = attrs.field(factory=list)  # one, of what is blocked meanwhile, or none
 
     def register(self) -> None:
-        # What the parent calls after a fork is all C: a Ctrl-C between two bytecodes would leave
-        # the signals blocked. This is pthread_sigmask(SIG_UNBLOCK, mask) for each of the masks.
-        unblock = functools.partial(
-            functools.reduce, _signal.pthread_sigmask, self.masks, signal.SIG_UNBLOCK
-        )
         os.register_at_fork(before=self.before, after_in_child=self.in_child)
-        for step in (unblock, self.give_ctrl_c_back, self.under_way.clear):
+        # To unblock comes twice, for a handler of somebody else's that raises on the way into the
+        # first call: Python prints that, goes on, and the signals would stay blocked.
+        for step in (self.unblock, self.unblock, self.give_ctrl_c_back, self.under_way.clear):
             os.register_at_fork(after_in_parent=step, after_in_child=step)
 
     def before(self) -> None:
@@ -245,19 +257,23 @@ class _Fork:
         self.masks[:] = [mask] if mask else []
         signal.pthread_sigmask(signal.SIG_BLOCK, mask)
 
+    def unblock(self) -> None:
+        for mask in self.masks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, mask)
+
     def put_ctrl_c_off(self, taken: list[int]) -> None:
         """Python prints a Ctrl-C in a hook and goes on, be it the one that unlocks logging."""
-        takeover = takeover_of(_signal.getsignal(taken[0])) if taken else None
-        if takeover is None or not takeover.is_live or not _is_in_main_thread():
+        takeover = takeover_of(signal.getsignal(taken[0])) if taken else None
+        if takeover is None or not takeover.is_live or not is_in_main_thread():
             return
-        handler = _signal.getsignal(signal.SIGINT)
+        handler = signal.getsignal(signal.SIGINT)
         if handler is signal.default_int_handler:
             self.ctrl_c.append(handler)
-            _signal.signal(signal.SIGINT, lambda signum, frame: takeover.put_off(signum))
+            signal.signal(signal.SIGINT, lambda signum, frame: takeover.put_off(signum))
 
     def give_ctrl_c_back(self) -> None:
-        if self.ctrl_c and _is_in_main_thread():
-            _signal.signal(signal.SIGINT, self.ctrl_c.pop())
+        if self.ctrl_c and is_in_main_thread():
+            signal.signal(signal.SIGINT, self.ctrl_c.pop())
 
     def in_child(self) -> None:
         for signum in _taken_over():
@@ -274,13 +290,8 @@ def is_forking() -> bool:
     return bool(_fork.under_way)
 
 
-def _is_in_main_thread() -> bool:
-    return threading.get_ident() == threading.main_thread().ident
-
-
 def _taken_over() -> list[int]:
-    # Past signal.getsignal, which looks for an enum first: this happens twice in every fork.
-    return [s for s in range(1, signal.NSIG) if takeover_of(_signal.getsignal(s)) is not None]
+    return [s for s in tuple(_taken) if takeover_of(signal.getsignal(s)) is not None]
 
 
 def _around(handler: Any, signum: int) -> list[Takeover]:
@@ -298,15 +309,15 @@ def _living(handler: Any, signum: int) -> Any:
     return handler
 
 
-def _caught_in_c() -> set[int]:
-    """Signals that have a handler, be it one that Python does not know of (proc(5), SigCgt).
+def _caught_in_c() -> int:
+    """A bit for each signal that has a handler, be it one that Python does not know of: SigCgt in
+    proc(5).
 
     `faulthandler.register` installs such a one, and so do MPI and the preemption notice of JAX.
     """
     try:
-        with open("/proc/self/status", "rb") as status:
-            line = next(line for line in status if line.startswith(b"SigCgt:"))
-    except (OSError, StopIteration):
-        return set()
-    caught = int(line.split()[1], 16)
-    return {signum for signum in range(1, signal.NSIG) if caught >> (signum - 1) & 1}
+        with open("/proc/self/status", "rb", buffering=0) as status:
+            words = status.read(8192).partition(b"SigCgt:")[2].split(maxsplit=1)
+    except OSError:
+        return 0
+    return int(words[0], 16) if words else 0

@@ -11,12 +11,14 @@ slow one must not expire somebody's lease.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -26,7 +28,8 @@ from orchard_infra.system.masking import uninterrupted
 
 _Argument = TypeVar("_Argument")
 _LINGERS = 1.0  # seconds
-_JOIN = 5.0  # seconds that `remove` waits for a task that is just running
+_JOIN = 5.0  # seconds that `remove` and `finish` wait for a task that is just running
+_LONGEST = 3600.0  # seconds of one sleep: a longer timeout may be more than the platform takes
 _logger = logging.getLogger("Infrastructure")
 
 
@@ -34,8 +37,8 @@ _logger = logging.getLogger("Infrastructure")
 class Task:
     """Something to do at ``due``, in seconds of `time.monotonic`; None: not before it is set.
 
-    ``run`` is called once for each time that it is due. It may set ``due`` anew; so may a signal
-    handler, which then calls `wake`.
+    ``run`` is called once for each time that it is due. It may set ``due`` anew. So may anybody
+    else, a signal handler included, who then calls `wake`.
     """
 
     run: Callable[[], object]
@@ -45,72 +48,108 @@ class Task:
 class _Background:
     def __init__(self) -> None:
         self.tasks: list[Task] = []
-        self.running: Task | None = None
+        self.running: set[Task] = set()
         self.mail: queue.SimpleQueue[None] = queue.SimpleQueue()  # put() may interrupt itself
-        self.lock = threading.Lock()  # never in a signal handler
+        self.lock = threading.Lock()  # never in a signal handler, never while a task runs
         self.thread: threading.Thread | None = None
+        self.idle_since = 0.0
+        self.wakes_at = 0.0
 
-    def add(self, task: Task) -> None:
+    def add(self, task: Task) -> bool:
         with uninterrupted(), self.lock:
             self.tasks.append(task)
-            if self.thread is None:
-                thread = threading.Thread(
-                    target=self.work, name="orchard-infra-background", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError as error:
-                    # At interpreter exit, or with no thread to be had: nothing happens by itself.
-                    _logger.debug("no background thread: %s", error)
-                    return
-                self.thread = thread
-        self.mail.put(None)
+            if self.thread is not None and self.thread.is_alive():
+                # A switch of threads takes longer than all of a lock: only if it must be.
+                if task.due is not None and task.due < self.wakes_at:
+                    self.mail.put(None)
+                return True
+            # Named before it starts: if a start was broken off, the thread of it ends at once.
+            self.thread = threading.Thread(
+                target=self.work, name="orchard-infra-background", daemon=True
+            )
+            try:
+                self.thread.start()
+                return True
+            except RuntimeError as error:
+                # At interpreter exit, in a subinterpreter, or with no thread to be had.
+                self.thread = None
+                reason = error
+        _logger.debug("no background thread: %s", reason)
+        return False
 
     def remove(self, task: Task) -> None:
-        task.due = None
         with uninterrupted(), self.lock:
             if task in self.tasks:
                 self.tasks.remove(task)
-        if self.thread is threading.current_thread():
+            if not self.tasks:
+                self.idle_since = time.monotonic()
+                if self.wakes_at > self.idle_since + _LINGERS:
+                    self.mail.put(None)
+        self.wait_for(task)
+
+    def finish(self, task: Task) -> None:
+        if self.claim(task):
+            self.carry_out(task)
+        else:
+            self.wait_for(task)
+
+    def wait_for(self, task: Task) -> None:
+        if threading.current_thread() is self.thread:
             return
         deadline = time.monotonic() + _JOIN
-        while self.running is task and time.monotonic() < deadline:
+        while task in self.running and time.monotonic() < deadline:
             time.sleep(0.001)
 
+    def claim(self, task: Task) -> bool:
+        """Whether the task is due and the caller is the one to carry it out."""
+        if task.due is None or task.due > time.monotonic():
+            return False
+        with uninterrupted(), self.lock:
+            if task.due is None or task in self.running or task not in self.tasks:
+                return False
+            task.due = None
+            self.running.add(task)
+            return True
+
+    def carry_out(self, task: Task) -> None:
+        try:
+            task.run()
+        except Exception:
+            _logger.exception("a task in the background failed")
+        finally:
+            self.running.discard(task)
+            if threading.current_thread() is not self.thread:
+                self.mail.put(None)  # it may be due again
+
     def work(self) -> None:
-        idle_since: float | None = None
+        if sys.platform != "win32":
+            # One that this thread took would not interrupt a call in which the main thread waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
-            now = time.monotonic()
             for task in tuple(self.tasks):
-                due = task.due
-                if due is not None and due <= now:
-                    self.running = task
-                    task.due = None
-                    try:
-                        if task in self.tasks:  # else it was removed meanwhile
-                            task.run()
-                    except Exception:
-                        _logger.exception("a task in the background failed")
-                    finally:
-                        self.running = None
-            wait = None
-            if self.tasks:
-                idle_since = None
-                dues = [task.due for task in tuple(self.tasks) if task.due is not None]
-                if dues:
-                    wait = min(max(0.0, min(dues) - time.monotonic()), 3600.0)
-            else:
-                idle_since = idle_since or now
-                wait = max(0.0, idle_since + _LINGERS - now)
-                if wait == 0.0:
-                    with self.lock:
-                        if not self.tasks:
-                            self.thread = None
-                            return
+                if self.claim(task):
+                    self.carry_out(task)
+            with self.lock:
+                if self.thread is not threading.current_thread():
+                    return
+                now = time.monotonic()
+                if not self.tasks and now >= self.idle_since + _LINGERS:
+                    self.thread = None
+                    return
+                self.wakes_at = wakes_at = self.next_due(now)
             try:
-                self.mail.get(timeout=wait)
+                self.mail.get(timeout=max(0.0, wakes_at - now))
             except queue.Empty:
                 pass
+
+    def next_due(self, now: float) -> float:
+        if not self.tasks:
+            return self.idle_since + _LINGERS
+        due = now + _LONGEST
+        for task in self.tasks:
+            if task not in self.running:
+                due = min(due, math.inf if task.due is None else task.due)
+        return due
 
 
 _background = _Background()
@@ -126,14 +165,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
 
 
-def add(task: Task) -> None:
-    """Have ``task`` done when it is due, until it is removed."""
-    _background.add(task)
+def add(task: Task) -> bool:
+    """Have ``task`` done when it is due, until it is removed. Whether there is a thread that will:
+    at interpreter exit none can be started, from Python 3.12 on.
+    """
+    return _background.add(task)
 
 
 def remove(task: Task) -> None:
     """Forget ``task``. When this returns it is not running (it is waited for, 5 s)."""
     _background.remove(task)
+
+
+def finish(task: Task) -> None:
+    """If ``task`` is due, do it now, in this thread. When this returns it is not running."""
+    _background.finish(task)
 
 
 def wake() -> None:
@@ -149,32 +195,31 @@ class Callbacks(Generic[_Argument]):
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._waiting: list[tuple[Callable[[_Argument], object], Any]] = []
+        self._waiting: deque[tuple[Callable[[_Argument], object], Any]] = deque()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def add(self, callback: Callable[[_Argument], object]) -> None:
-        """It is called with the signal mask that its giver has now: the thread blocks all signals,
-        and so would the children that a callback starts.
+        """It is called with the signal mask that its giver has now: the thread blocks signals, and
+        so would the children that a callback starts.
         """
-        mask = signal_mask()
-        with uninterrupted(), self._lock:
-            self._waiting.append((callback, mask))
+        self._waiting.append((callback, signal_mask()))
 
     def call(self, argument: _Argument) -> None:
         """Call those that were not called yet. Never in a signal handler."""
         with uninterrupted(), self._lock:
-            if not self._waiting or self._thread is not None:
+            if not self._waiting or (self._thread is not None and self._thread.is_alive()):
                 return
-            thread = threading.Thread(
+            self._thread = threading.Thread(
                 target=self._work, args=(argument,), name="orchard-infra-callbacks", daemon=True
             )
             try:
-                thread.start()
-            except RuntimeError as error:
-                self._logger.warning("callbacks are not called: %s", error)
+                self._thread.start()
                 return
-            self._thread = thread
+            except RuntimeError as error:
+                self._thread = None
+                reason = error
+        self._logger.warning("callbacks of on_stop are not called: %s", reason)
 
     def wait(self, seconds: float) -> bool:
         """Wait for those that run; whether they have all returned by then."""
@@ -187,10 +232,12 @@ class Callbacks(Generic[_Argument]):
     def _work(self, argument: _Argument) -> None:
         while True:
             with self._lock:
+                if self._thread is not threading.current_thread():
+                    return  # its start was broken off, and another one has taken its place
                 if not self._waiting:
                     self._thread = None
                     return
-                callback, mask = self._waiting.pop(0)
+                callback, mask = self._waiting.popleft()
             before = signal_mask(mask)
             try:
                 callback(argument)
