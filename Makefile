@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 # A test that hangs ends its worker, and would be tried again in each new one.
 PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup --max-worker-restart 2
 
-.PHONY: help venv demo test check lint types format test-all-pythons test-gpu chaos bench build clean
+.PHONY: help venv demo test check lint types format test-all-pythons test-gpu short-chaos chaos bench build clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,11 +33,10 @@ $(INSTALLED): pyproject.toml requirements-dev.txt requirements-test.txt
 demo: $(INSTALLED) ## Train a small network on real images, protected
 	$(BIN)/python examples/train_digits.py
 
-test: $(INSTALLED) ## Run the tests, documentation and examples included; two minutes are chaos
-	$(BIN)/pytest -m chaos tests/chaos
+test: $(INSTALLED) ## Run the tests, documentation and examples included
 	$(PYTEST)
 
-check: lint types test ## Everything that a change must pass
+check: lint types test short-chaos ## Everything that a change must pass; two minutes are chaos
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -56,6 +55,9 @@ test-all-pythons: ## Test the built wheel under Python 3.10 to 3.13, without tor
 
 test-gpu: $(INSTALLED) ## Run the tests that need a GPU
 	$(GPU_PYTHON) -m pytest -m gpu
+
+short-chaos: $(INSTALLED) ## Break runs at random for two minutes
+	$(BIN)/pytest -m chaos tests/chaos
 
 chaos: $(INSTALLED) ## Break runs at random for long: KILLS=10000, and SEED=n to play it again
 	ORCHARD_CHAOS_KILLS=$(KILLS) ORCHARD_CHAOS_SEED=$(SEED) $(BIN)/pytest tests/chaos -m chaos --capture=no -o faulthandler_timeout=0
