@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchard_infra.system import killing as terminating
-from orchard_infra.system import processes
+from orchard_infra.system import killing, processes
 from orchard_infra.system.killing import StopOutcome, stop_processes
 from orchard_infra.system.processes import ProcessIdentity, identity_of
 from support import Script, as_nobody, is_running, run_python, wait_gone, wait_until
@@ -347,6 +346,116 @@ def test_nothing_is_signalled_that_must_never_be(tmp_path: Path) -> None:
     assert script.output.split("\n")[:2] == ["denied True", "alive 0"]
 
 
+def test_a_helper_is_asked_when_all_that_it_serves_have_ended(tmp_path: Path) -> None:
+    """A resource tracker that is stopped first cannot remove what the workers still use."""
+    script = family(
+        tmp_path,
+        """
+        def note(word, end):
+            def handler(*_):
+                say(word)
+                if end:
+                    os._exit(0)
+            return handler
+
+        helper = os.fork()
+        if helper == 0:
+            signal.signal(signal.SIGTERM, note("helper-asked", True))
+            say("helper")
+            while True:
+                signal.pause()
+        if os.fork() == 0:
+            # It ignores SIGTERM for the whole grace period, and is killed after it.
+            signal.signal(signal.SIGTERM, note("worker-asked", False))
+            say("worker")
+            while True:
+                signal.pause()
+        rest()
+        """,
+    )
+    [root], [helper], [worker] = (named(script, word) for word in ("ready", "helper", "worker"))
+
+    outcome = stop_processes([root], grace=0.3, spare=nobody, last=lambda pid: pid == helper.pid)
+
+    asked = [line.split()[0] for line in script.output.splitlines() if "asked" in line]
+    assert asked == ["worker-asked", "helper-asked"]
+    assert worker in outcome.killed
+    assert helper in outcome.stopped
+
+
+def test_children_that_a_helper_starts_while_it_waits_for_its_turn_go_with_the_others(
+    tmp_path: Path,
+) -> None:
+    """A forkserver whose clients are dying may just be forking another worker for one of them."""
+    script = family(
+        tmp_path,
+        """
+        signal.signal(signal.SIGTERM, lambda *_: say("told"))  # the root stays until it is killed
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            say("helper")
+            time.sleep(0.1)
+            be("late")
+            while True:
+                signal.pause()
+        rest()
+        """,
+    )
+    [root], [helper] = named(script, "ready"), named(script, "helper")
+
+    outcome = stop_processes([root], grace=0.5, spare=nobody, last=lambda pid: pid == helper.pid)
+
+    [late] = named(script, "late")
+    assert {root, helper, late} == ended(outcome)
+    assert not any(is_running(identity.pid) for identity in (root, helper, late))
+
+
+def test_a_helper_that_ignores_sigterm_is_killed_as_well(tmp_path: Path) -> None:
+    script = family(tmp_path, 'be("helper", stubborn=True)\nrest()')
+    [root], [helper] = named(script, "ready"), named(script, "helper")
+
+    outcome = stop_processes([root], grace=5.0, spare=nobody, last=lambda pid: pid == helper.pid)
+
+    assert outcome.killed == (helper,)
+    assert not is_running(helper.pid)
+
+
+@pytest.mark.skipif(not LINUX, reason="needs a real /proc")
+@pytest.mark.parametrize("left", [1, 3, 12])
+def test_a_process_that_is_out_of_descriptors_stops_its_children_all_the_same(
+    tmp_path: Path, left: int
+) -> None:
+    script = run_python(
+        tmp_path,
+        FAMILY
+        + textwrap.dedent(
+            """
+            import resource
+            from orchard_infra.system.processes import children_of, identity_of, is_running
+            from orchard_infra.system.killing import stop_processes
+
+            for _ in range(10):
+                be("child", stubborn=True)
+            while len(children_of(os.getpid())) < 10:
+                time.sleep(0.005)
+            children = [identity_of(pid) for pid in children_of(os.getpid())]
+            stop_processes([], grace=0.0, spare=lambda pid: False)
+            left = int(sys.argv[1])
+            opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(left)]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (opened[-1] + 1,) * 2)
+            for fd in opened:
+                os.close(fd)
+            outcome = stop_processes(children, grace=0.1, spare=lambda pid: False)
+            print("ended", len(outcome.stopped) + len(outcome.killed), len(outcome.gone))
+            """
+        ),
+        str(left),
+    )
+
+    assert script.finish() == 0, script.transcript()
+    assert "ended 10 0" in script.output
+
+
 def test_the_first_process_is_denied() -> None:
     first = identify(1)
 
@@ -388,7 +497,7 @@ def test_one_that_does_not_even_end_when_killed_is_reported_and_not_waited_for(
 ) -> None:
     script = family(tmp_path, 'be("child", stubborn=True)\nrest()')
     [root], [child] = named(script, "ready"), named(script, "child")
-    monkeypatch.setattr(terminating, "_SIGKILL", signal.SIGTERM)
+    monkeypatch.setattr(killing, "_SIGKILL", signal.SIGTERM)
     before = time.monotonic()
 
     outcome = stop(root, grace=0.1, kill_wait=0.1)
