@@ -1,0 +1,96 @@
+"""The environment that a program was started with: what of it tells two runs apart.
+
+``SEED=1 python sweep.py`` and ``SEED=2 python sweep.py`` are different runs, so environments are
+compared as a whole, except for variables that differ between two shells of one user. Values may
+be secret. A record keeps a keyed digest, never a value.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+
+from orchard_infra.system import processes
+
+# Variables that differ between two terminals, logins or services of one user, and that no
+# program's results depend on. DISPLAY is not here: some simulators choose a GPU by it.
+IGNORED_VARIABLES = (
+    "_",  # the path of the command, set by a shell
+    "COLORTERM",
+    "COLUMNS",
+    "GPG_TTY",
+    "INVOCATION_ID",  # systemd
+    "JOURNAL_STREAM",  # systemd
+    "LINES",
+    "OLDPWD",
+    "ORCHARD_INFRA_RUN_ID",
+    "PWD",  # the working directory is compared by itself
+    "SHLVL",
+    "SSH_*",
+    "STY",  # screen
+    "SYSTEMD_EXEC_PID",
+    "TERM*",
+    "TMUX*",
+    "VSCODE_*",
+    "WINDOW",  # screen
+    "WINDOWID",
+    "XDG_SESSION_ID",
+)
+_ignored_pattern = "|".join(re.escape(name).replace(r"\*", ".*") for name in IGNORED_VARIABLES)
+_is_ignored = re.compile(_ignored_pattern, re.DOTALL).fullmatch
+_is_ignored_entry = re.compile(f"(?:{_ignored_pattern})=.*".encode(), re.DOTALL).fullmatch
+
+
+def comparable(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that tell two runs apart.
+
+    >>> comparable({"SEED": "1", "PWD": "/home/me", "SSH_TTY": "/dev/pts/3"})
+    {'SEED': '1'}
+    """
+    return {name: value for name, value in environ.items() if not _is_ignored(name)}
+
+
+def environment_digest(source: int | bytes | Mapping[str, str] | None, run_id: str) -> str | None:
+    """A digest of the variables that tell two runs apart, keyed by the id of a run.
+
+    Two environments have the same digest under one key when they are the same. ``source`` is a
+    pid, the bytes that `processes.raw_environ` reads, or a mapping. None where the environment
+    cannot be read, which includes one that a process has overwritten with zeros.
+    """
+    if isinstance(source, Mapping):
+        source = b"".join(os.fsencode(f"{name}={source[name]}") + b"\0" for name in source)
+    elif isinstance(source, int):
+        source = processes.raw_environ(source)
+    if source is None:
+        return None
+    return _digest(_canonical(source), run_id)
+
+
+def own_environment_digest(run_id: str) -> str | None:
+    """The digest of the environment that this process was started with."""
+    return _digest(_own_canonical(), run_id)
+
+
+@functools.cache  # a program of a thousand short runs has one initial environment
+def _own_canonical() -> bytes:
+    return _canonical(processes.raw_environ(os.getpid()) or b"")
+
+
+def _canonical(raw: bytes) -> bytes:
+    """The entries that count, sorted: shells export in any order."""
+    return b"\0".join(
+        sorted(entry for entry in raw.split(b"\0") if entry and not _is_ignored_entry(entry))
+    )
+
+
+def _digest(canonical: bytes, run_id: str) -> str | None:
+    if not canonical:
+        return None
+    try:
+        from _blake2 import blake2b  # what hashlib has, without the 2 ms that importing it takes
+    except ImportError:
+        from hashlib import blake2b
+
+    return blake2b(canonical, key=run_id.encode()[:64], digest_size=16).hexdigest()
