@@ -146,7 +146,7 @@ class _Hunt:
     _untouchable: frozenset[int] = attrs.field(init=False)
     _spared: dict[ProcessIdentity, bool] = attrs.field(factory=dict)
     _opened: dict[int, _Member] = attrs.field(factory=dict)
-    # x.
+    # Only Linux has pidfds, and not in a Python that was built with old headers.
     _may_open: bool = attrs.field(factory=lambda: hasattr(os, "pidfd_open"))
 
     def __attrs_post_init__(self) -> None:
