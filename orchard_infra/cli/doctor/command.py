@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from orchard_infra.cli import output
-from orchard_infra.cli.doctor.checks import Check, Level, Patient, examine
+from orchard_infra.cli.doctor.base import Check, Level, Setup
+from orchard_infra.cli.doctor.checks import CHECKS, examine
 from orchard_infra.config import check_lock_path
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
@@ -26,6 +27,7 @@ _NAME_WIDTH = 18
     epilog="""\b
 Examples:
   orchard-infra doctor
+  orchard-infra doctor flock signals
   orchard-infra doctor --lock-file /scratch/me/digits.lock
   orchard-infra doctor --json | jq '.checks[] | select(.status != "ok")'
 
@@ -39,20 +41,23 @@ Exits with 1 when there is a problem; warnings alone exit with 0.
     help="Examine this lock's place, too, not that of the default ones.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/cli.md has the schema.")
+@click.argument("names", metavar="[CHECK]...", nargs=-1, type=click.Choice(tuple(CHECKS)))
 @click.pass_context
-def doctor(context: click.Context, lock_file: str | None, as_json: bool) -> None:
+def doctor(
+    context: click.Context, names: tuple[str, ...], lock_file: str | None, as_json: bool
+) -> None:
     """Check whether runs can be protected here, and say what to do where they cannot.
 
     Tries what a run does: two processes that want one lock, an orphan, a signal, torch in a
-    process of its own. Changes nothing.
+    process of its own. Changes nothing. With names of checks, only those are made.
     """
     with output.errors_told():
         path = None if lock_file is None else check_lock_path(lock_file, "--lock-file")
-        patient = Patient(lock_file=path, environ=os.environ)
+        setup = Setup(lock_file=path, environ=os.environ)
         console, progress = output.console(), output.console(stderr=True)
         animated = output.can_redraw(progress)
         checks = []
-        for name, carry_out in examine(patient):
+        for name, carry_out in examine(setup, names):
             shown = progress.status(f"checking {name}") if animated else contextlib.nullcontext()
             with shown:
                 check = carry_out()
