@@ -35,6 +35,9 @@ class Lease(Protocol):
 
     ``record`` is the run that it was taken for. ``interval`` is how often, in seconds, it wants
     to be renewed in the background.
+
+    A lease that is dropped without a release should release itself: a Ctrl-C may come between the
+    attempt and the assignment of its result.
     """
 
     @property
@@ -68,7 +71,8 @@ class Lock(Protocol):
     def timeout(self) -> float | None: ...
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> Lease | Held:
-        """Try once, without waiting. A lease carries ``record`` from the first moment.
+        """Try once, without waiting; signals are blocked meanwhile. A lease carries ``record``
+        from the first moment.
 
         Raises:
             InfrastructureError: It cannot be taken at all.
@@ -83,9 +87,16 @@ class Lock(Protocol):
 class Place(Protocol):
     """A place in the queue of those who wait for a lock."""
 
-    @property
     def is_first(self) -> bool:
-        """Whether it is this one's turn to try for the lock."""
+        """Whether it is this one's turn to try for the lock. To be asked at least once a second:
+        the place of a waiter that does not ask is passed over.
+        """
+        ...
+
+    def fileno(self) -> int:
+        """A descriptor that becomes ready, see poll(2), when it is worth while to ask again before
+        the second is over; -1 where there is none.
+        """
         ...
 
 
@@ -94,5 +105,10 @@ class QueuedLock(Lock, Protocol):
     """A lock whose waiters stand in line. The queue is never needed for exclusion."""
 
     def queue(self, key: LockKey) -> AbstractContextManager[Place]:
-        """Stand in line for as long as the block lasts."""
+        """Stand in line for as long as the block lasts.
+
+        Raises:
+            OSError: There is no queue to be had: wait beside it.
+            InfrastructureError: The same.
+        """
         ...

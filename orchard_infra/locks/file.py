@@ -2,48 +2,40 @@
 
 Removing the file is what makes this subtle. A contender may have opened it just before the
 holder removed it, and then it locks a file that has no name while a third one makes a new file:
-two holders. So whoever gets the kernel's lock looks whether the path still names the file that
-it has locked, and starts over when not; and the holder removes the file while it still has the
-lock, never after.
+two holders. So whoever gets the kernel's lock checks that the path still names the file that it
+has locked, and starts over when not; and the holder removes the file while it still has the lock,
+never after.
+
+A new file gets its name by link(2) once it is locked and signed, so nobody ever sees one that is
+empty. On network file systems the name and the file are cached apart from each other, and the
+check of a removed file proves nothing: there the file stays, with a record that says "free".
 """
 
 from __future__ import annotations
 
 import errno
-import logging
+import functools
 import os
-import random
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, LockLostError
-from orchard_infra.locks.base import ClearDead
-from orchard_infra.runs.record import (
-    RECORD_LIMIT,
-    RECORD_START,
-    RunRecord,
-    leader_is_dead,
-    read_record,
-    to_json,
-)
+from orchard_infra.errors import InfrastructureError, LockLostError
+from orchard_infra.locks import queue
+from orchard_infra.locks.base import Held, LockKey
+from orchard_infra.runs.record import RECORD_LIMIT, RECORD_START, RunRecord, from_json, to_json
 from orchard_infra.system import files
 from orchard_infra.system.flock import lock_descriptor, unlock_descriptor
 from orchard_infra.system.masking import uninterrupted
-from orchard_infra.system.text import duration, printable
 
-# A waiter asks this often, in seconds: the lock is its own some 6 ms after the release, for 1.5 %
-# of a core, most of it for waking up. The kernel's blocking wait has no time limit and cannot see
-# that the file is gone.
-_POLL = (0.008, 0.014)
-_LOOK_AGAIN = 0.25  # seconds between two looks at who holds it: ten times as dear as a try
-_SAY_AGAIN = 30.0  # seconds between two log lines of a waiter
-_FOREIGN = 4096  # bytes: what a lock file of another program may hold at the most
+_MODE = 0o644  # others may read who has the lock
+_LOCK_NAMES = (".lock", ".lck", ".pid")
+_FOREIGN = 4096  # bytes that are read of a file to see whether it is a lock
+_FREE = RECORD_START + b' "free": true}\n'
 
-# On these the name and the file are cached apart from each other, so the check of a removed
-# file proves nothing: there it stays, with an empty record.
 # fmt: off
 _NETWORK_FILE_SYSTEMS = frozenset((
     "9p", "afs", "beegfs", "ceph", "cifs", "coda", "fuse.glusterfs", "fuse.juicefs", "fuse.sshfs",
@@ -76,214 +68,103 @@ class FileLock:
     timeout: float | None = attrs.field(default=0.0, validator=_valid_timeout)
     interval: float = attrs.field(default=5.0, validator=_valid_interval)
 
-    def acquire(
-        self, path: Path, record: RunRecord, *, clear_dead: ClearDead, logger: logging.Logger
-    ) -> FileLease:
-        """See `Locker.acquire`. Missing parent directories are made."""
-        began = time.monotonic()
-        attempt = _Attempt(path)
-        holder = None
-        look_next = say_next = began
+    def try_acquire(self, key: LockKey, record: RunRecord) -> FileLease | Held:
+        """See `Lock.try_acquire`. Missing parent directories are made."""
+        lease = FileLease(key.path, record, self.interval)
         try:
-            while True:
-                if attempt.succeeds():
-                    with uninterrupted():
-                        return FileLease.take(path, attempt.hand_over(), record, self.interval)
-                now = time.monotonic()
-                if now >= look_next:
-                    look_next = now + _LOOK_AGAIN
-                    holder = attempt.holder()
-                    if holder is not None:
-                        _refuse_own(holder, record, path)
-                        if leader_is_dead(holder):
-                            _clear(holder, path, clear_dead)
-                            if attempt.succeeds_within(1.0):
-                                continue
-                            holder = attempt.holder()  # somebody was faster, and has signed
-                if self.timeout is not None and now - began >= self.timeout:
-                    raise _locked(path, holder or attempt.holder_soon(), waited=now - began)
-                if now >= say_next:
-                    say_next = now + _SAY_AGAIN
-                    logger.info(
-                        "waiting for the lock %s, held by %s",
-                        path,
-                        holder.describe() if holder else "an unknown run",
-                        extra={"lock_path": str(path), "holder": holder},
-                    )
-                attempt.pause(self.timeout, began)
-        finally:
-            attempt.abandon()
+            with uninterrupted():
+                return lease.take()
+        except OSError as error:
+            raise _explain(error, key.path) from error
 
-    def holder(self, path: Path) -> RunRecord | None:
-        """See `Locker.holder`."""
+    def holder(self, key: LockKey) -> RunRecord | None:
+        """See `Lock.holder`."""
         try:
-            fd = files.open_existing(path, os.O_RDONLY)
+            fd = files.open_existing(key.path, os.O_RDONLY)
         except (OSError, InfrastructureError):
             return None
         try:
-            found = read_record(fd)
-        finally:
-            os.close(fd)
-        return found[0] if found else None
-
-
-@attrs.define
-class _Attempt:
-    """Tries for one lock, again and again, on one descriptor for as long as that is of use."""
-
-    path: Path
-    _fd: int = -1
-    _locked: bool = False
-
-    def succeeds(self) -> bool:
-        """Try once. True: the lock is ours, and its file is the one that the path names."""
-        with uninterrupted():
-            return self._try()
-
-    def _try(self) -> bool:
-        while not self._locked:
-            if self._fd < 0 or not files.same_file(self._fd, self.path):
-                self.abandon()
-                self._fd = self._open()
-            try:
-                if not lock_descriptor(self._fd):
-                    return False
-            except OSError as error:
-                raise _explain(error, self.path) from error
-            # Removed between our open and our lock? Then this lock protects nothing.
-            self._locked = files.same_file(self._fd, self.path)
-        _refuse_foreign(self._fd, self.path)
-        return True
-
-    def succeeds_within(self, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while not self.succeeds():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_POLL[0])
-        return True
-
-    def holder(self) -> RunRecord | None:
-        found = read_record(self._fd)
-        return found[0] if found else None
-
-    def holder_soon(self) -> RunRecord | None:
-        """The record of a holder that may only just have taken the lock, and not signed it."""
-        deadline = time.monotonic() + 0.1
-        while (record := self.holder()) is None and time.monotonic() < deadline:
-            time.sleep(_POLL[0])
-        return record
-
-    def pause(self, timeout: float | None, began: float) -> None:
-        rest = random.uniform(*_POLL)
-        if timeout is not None:
-            rest = min(rest, max(0.0, began + timeout - time.monotonic()))
-        time.sleep(rest)
-
-    def hand_over(self) -> int:
-        """The locked descriptor, for a lease."""
-        fd, self._fd, self._locked = self._fd, -1, False
-        return fd
-
-    def abandon(self) -> None:
-        if self._fd >= 0:
-            os.close(self.hand_over())
-
-    def _open(self) -> int:
-        """Make the file, or open it. Two steps, because O_CREAT on an existing file of somebody
-        else in /tmp fails even for root (fs.protected_regular), with a misleading error."""
-        may_make_parents = True
-        while True:
-            try:
-                return files.create_exclusive(self.path, 0o644)
-            except FileExistsError:
-                pass
-            except FileNotFoundError as error:
-                if not may_make_parents:
-                    raise _explain(error, self.path) from error
-                may_make_parents = False
-                self._make_parents()
-                continue
-            except OSError as error:
-                raise _explain(error, self.path) from error
-            try:
-                return files.open_existing(self.path, os.O_RDWR)
-            except FileNotFoundError:
-                continue  # removed meanwhile
-            except PermissionError as error:
-                raise self._not_ours(error) from error
-            except OSError as error:
-                raise _explain(error, self.path) from error
-
-    def _make_parents(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _explain(error, self.path) from error
-
-    def _not_ours(self, error: OSError) -> InfrastructureError:
-        """Somebody else's lock file: say who has it, where it lets us read that."""
-        try:
-            fd = files.open_existing(self.path, os.O_RDONLY)
-        except OSError:
-            return _explain(error, self.path)
-        try:
-            found = read_record(fd)
-            if found and not lock_descriptor(fd):
-                return _locked(self.path, found[0], waited=0.0)
-            return _explain(error, self.path)
+            return _record_in(fd)
         finally:
             os.close(fd)
 
+    def queue(self, key: LockKey) -> queue.Place:
+        """See `QueuedLock.queue`."""
+        return queue.Place(key.path)
 
-@attrs.define
+
+@attrs.define(eq=False)
 class FileLease:
-    """A lock file that is held by this process."""
+    """A lock file that is held by this process.
+
+    A copy is the lease itself: `copy.deepcopy` or `dataclasses.asdict` of an object that contains
+    one must not release the lock when the copy is dropped. A pickled one holds nothing.
+    """
 
     path: Path
     record: RunRecord
     interval: float
-    _fd: int
-    _file: tuple[int, int]  # device and inode
-    _stays: bool  # on a network file system
+    _fd: int = attrs.field(default=-1, init=False)
+    _file: tuple[int, int] = attrs.field(default=(0, 0), init=False)  # device and inode
+    _stays: bool = attrs.field(default=False, init=False)  # the file does, after the release
+    _pid: int = attrs.field(default=0, init=False)  # 0: it never held anything
 
-    @classmethod
-    def take(cls, path: Path, fd: int, record: RunRecord, interval: float) -> FileLease:
-        """Sign a lock that has just been taken; undone when that fails."""
-        stat = os.fstat(fd)
-        file = stat.st_dev, stat.st_ino
-        lease = cls(path, record, interval, fd, file, _is_on_network(fd))
-        try:
-            files.write_whole(fd, to_json(record))
-        except BaseException as error:
-            lease.release()
-            if isinstance(error, OSError):
-                raise _explain(error, path) from error
-            raise
-        return lease
+    def take(self) -> FileLease | Held:
+        """Try for the lock, once. With signals blocked, see `FileLock.try_acquire`."""
+        path = os.fspath(self.path)
+        while True:
+            try:
+                fd = files.open_existing(path, os.O_RDWR)
+            except FileNotFoundError:
+                if self._make(path):
+                    return self
+                continue  # somebody was faster
+            except PermissionError as error:
+                held = _held_by_another_user(path, error)
+                if held is None:
+                    continue  # released meanwhile
+                return held
+            try:
+                if not lock_descriptor(fd):
+                    return Held(_record_in(fd))
+                # Removed between our open and our lock? Then this lock protects nothing.
+                if files.same_file(fd, path):
+                    _refuse_foreign(fd, self.path)
+                    self._hold(fd)
+                    fd = -1
+                    return self._sign()
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    def __copy__(self) -> FileLease:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileLease:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FileLease, (self.path, self.record, self.interval)
 
     def __del__(self) -> None:
-        # A signal may raise between the end of `acquire` and the caller's assignment.
+        # A signal may raise between `try_acquire` and the caller's assignment.
         try:
             self.release()
-        except OSError:
+        except (AttributeError, OSError):  # it may not even have been made
             pass
 
     def verify(self) -> None:
         """See `Lease.verify`. The file must still be there, and be the same one."""
-        if self._fd < 0:
-            raise LockLostError(f"the lock {self.path} was released", lock_path=str(self.path))
-        if not self._is_open():
-            raise LockLostError(
+        self.fileno()
+        if not files.still_open(self._fd, self._file):
+            raise self._lost(
                 f"the descriptor of the lock {self.path} was closed by this program, and the lock "
-                "went free with it; another run may have started. Leave open what it did not open",
-                lock_path=str(self.path),
+                "went free with it; another run may have started. Leave open what it did not open"
             )
-        if not files.same_file(self._fd, self.path):
-            raise LockLostError(
+        if not self._is_named():
+            raise self._lost(
                 f"the lock {self.path} was removed or replaced while this run held it; another "
-                "run may have started. Stop this run, and find out what removes *.lock files",
-                lock_path=str(self.path),
+                "run may have started. Stop this run, and find out what removes *.lock files"
             )
 
     def renew(self) -> None:
@@ -295,11 +176,16 @@ class FileLease:
         """The descriptor that is locked, for a child that is to keep the lock.
 
         Raises:
-            LockLostError: It was released.
+            LockLostError: It was released, or this is a copy from another process.
         """
-        if self._fd < 0:
-            raise LockLostError(f"the lock {self.path} was released", lock_path=str(self.path))
-        return self._fd
+        if self._fd >= 0:
+            return self._fd
+        if self._pid == 0:
+            raise self._lost(
+                f"this is a pickled copy of the lease on {self.path}: only the process that took "
+                "the lock can verify it"
+            )
+        raise self._lost(f"the lock {self.path} was released")
 
     def release(self) -> None:
         """See `Lease.release`. A lock that was lost is let go, and the new file left alone.
@@ -309,56 +195,173 @@ class FileLease:
         """
         if self._fd < 0:
             return
-        is_open = self._is_open()
-        fd, self._fd = self._fd, -1
-        if not is_open:
-            return  # the lock went with it, and what is at its path may be another run's by now
-        try:
-            # A forked child has the descriptor, too. What it holds is its parent's.
-            if os.getpid() == self.record.pid and files.same_file(fd, self.path):
-                if self._stays:
-                    os.ftruncate(fd, 0)
-                else:
-                    os.unlink(self.path)
-        finally:
-            if os.getpid() == self.record.pid:
-                # By closing alone it would stay locked while a forked child has the descriptor.
-                unlock_descriptor(fd)
-            os.close(fd)
+        with uninterrupted():
+            fd, self._fd = self._fd, -1
+            if not files.still_open(fd, self._file):
+                return  # the lock went with it, and what is at its path may be another run's by now
+            try:
+                # A forked child has the descriptor, too. What it holds is its parent's.
+                if os.getpid() == self._pid and self._is_named():
+                    if self._stays:
+                        files.write_whole(fd, _FREE)
+                    else:
+                        os.unlink(self.path)
+            finally:
+                if os.getpid() == self._pid:
+                    # By closing alone it would stay locked while a forked child has it open.
+                    unlock_descriptor(fd)
+                os.close(fd)
 
-    def _is_open(self) -> bool:
-        """A program may close every descriptor; then the number is soon some other file's."""
+    def _make(self, path: str) -> bool:
+        """Make the file, locked and signed; False where there is one by now."""
+        directory = os.path.dirname(path) or "."
         try:
-            stat = os.fstat(self._fd)
+            device = os.stat(directory).st_dev
+        except FileNotFoundError:
+            os.makedirs(directory, exist_ok=True)
+            device = os.stat(directory).st_dev
+        # The last way raises what is really wrong, be it a full disk or a directory of others.
+        ways = (_make_in_place,) if _stays(device) else _WAYS
+        for make in ways:
+            try:
+                self._hold(make(path, to_json(self.record)))
+                return True
+            except FileExistsError:
+                return False
+            except OSError:
+                if make is ways[-1]:
+                    raise
+        return False
+
+    def _sign(self) -> FileLease:
+        """Write our record into a file that was there before; undone when that fails."""
+        try:
+            files.write_whole(self._fd, to_json(self.record))
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def _hold(self, fd: int) -> None:
+        stat = os.fstat(fd)
+        self._file = stat.st_dev, stat.st_ino
+        self._stays = _stays(stat.st_dev)
+        self._pid = os.getpid()
+        self._fd = fd
+
+    def _is_named(self) -> bool:
+        """Whether the path still names the file that was locked."""
+        try:
+            named = os.lstat(self.path)
         except OSError:
             return False
-        return (stat.st_dev, stat.st_ino) == self._file
+        return (named.st_dev, named.st_ino) == self._file
+
+    def _lost(self, message: str) -> LockLostError:
+        return LockLostError(message, lock_path=str(self.path))
 
 
-def _clear(holder: RunRecord, path: Path, clear_dead: ClearDead) -> None:
-    survivors = tuple(clear_dead(holder))
-    if not survivors:
-        return
-    listed = "; ".join(survivor.describe() for survivor in survivors)
-    pids = " ".join(str(survivor.pid) for survivor in survivors)
-    raise EnvironmentLockedError(
-        f"the run that holds {path} is dead (pid {holder.pid}, user {printable(holder.user)}), "
-        f"but processes of it still live: {listed}. "
-        f"Set allow_process_kill=True to have them stopped, or run: kill {pids}",
-        holder=holder,
-        survivors=survivors,
-        lock_path=str(path),
-    )
+def _make_unnamed(path: str, data: bytes) -> int:
+    """A new, locked file that gets its name when it is complete. Nothing is left of it when this
+    process is killed before.
+    """
+    flags = os.O_RDWR | getattr(os, "O_TMPFILE", 0) | os.O_CLOEXEC
+    fd = os.open(os.path.dirname(path) or ".", flags, _MODE)
+    try:
+        lock_descriptor(fd)
+        files.write_whole(fd, data)
+        # With src_dir_fd, which is not used otherwise, Python has the link in /proc followed.
+        os.link(f"/proc/self/fd/{fd}", path, src_dir_fd=fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
-def _refuse_own(holder: RunRecord, record: RunRecord, path: Path) -> None:
-    if holder.leader == record.leader and holder.is_local:
-        raise EnvironmentLockedError(
-            f"this process (pid {holder.pid}) already holds {path}: it would wait for itself. "
-            "Leave the first environment before entering it again, or use another project name",
-            holder=holder,
-            lock_path=str(path),
-        )
+def _make_hidden(path: str, data: bytes) -> int:
+    """The same where a file cannot be without a name, as on overlayfs until Linux 6.1."""
+    hidden = os.path.join(os.path.dirname(path), f".orchard-infra-{os.urandom(6).hex()}")
+    fd = files.create_exclusive(hidden, _MODE)
+    try:
+        try:
+            lock_descriptor(fd)
+            files.write_whole(fd, data)
+            os.link(hidden, path)
+        finally:
+            os.unlink(hidden)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _make_in_place(path: str, data: bytes) -> int:
+    """The same where there are no links. For a moment the file is there, and nobody has it."""
+    fd = files.create_exclusive(path, _MODE)
+    try:
+        if not lock_descriptor(fd) or not files.same_file(fd, path):
+            raise FileExistsError  # somebody has found it, and was faster
+        files.write_whole(fd, data)
+    except FileExistsError:
+        os.close(fd)
+        raise
+    except BaseException:
+        os.unlink(path)
+        os.close(fd)
+        raise
+    return fd
+
+
+_WAYS: tuple[Callable[[str, bytes], int], ...] = (_make_in_place,)
+if hasattr(os, "link") and sys.platform != "win32":
+    _WAYS = (_make_hidden, _make_in_place)
+if hasattr(os, "O_TMPFILE"):
+    _WAYS = (_make_unnamed, _make_hidden, _make_in_place)
+
+
+@functools.lru_cache(maxsize=8)
+def _stays(device: int) -> bool:
+    """Whether a lock file on this device is kept: other hosts write there, or, on Windows, an
+    open file cannot be removed.
+    """
+    return sys.platform == "win32" or files.file_system_of(device) in _NETWORK_FILE_SYSTEMS
+
+
+def _record_in(fd: int) -> RunRecord | None:
+    try:
+        return _read(files.read_bounded(fd, RECORD_LIMIT + 1))
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=8)  # a waiter reads the same one ninety times a second
+def _read(data: bytes) -> RunRecord | None:
+    try:
+        return None if data == _FREE else from_json(data)[0]
+    except ValueError:
+        return None
+
+
+def _held_by_another_user(path: str, error: PermissionError) -> Held | None:
+    """What another user's file says, if that lets us read it; None where it has just been removed.
+
+    Raises:
+        PermissionError: It is not locked, and not ours to remove.
+    """
+    try:
+        fd = files.open_existing(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise error from None
+    try:
+        if not lock_descriptor(fd, shared=True):
+            return Held(_record_in(fd))
+        if files.same_file(fd, path):
+            raise error
+        return None
+    finally:
+        os.close(fd)
 
 
 def _refuse_foreign(fd: int, path: Path) -> None:
@@ -370,32 +373,21 @@ def _refuse_foreign(fd: int, path: Path) -> None:
             "Ask its owner to remove it, or choose another lock_file_path"
         )
     start = files.read_bounded(fd, _FOREIGN)
-    ours = start.startswith(RECORD_START) or RECORD_START.startswith(start)
-    # A zeroed file is a record that a power loss took; a number is another program's pid file.
-    blank = stat.st_size <= RECORD_LIMIT and not start.strip(b"\0 \t\r\n0123456789")
-    if not (ours or blank):
+    if start.startswith(RECORD_START):
+        return
+    # A power loss leaves zeros, or a part of a record; other programs leave an empty file or a pid.
+    broken = RECORD_START.startswith(start) or not start.strip(b"\0 \t\r\n0123456789")
+    if not broken or stat.st_size > RECORD_LIMIT:
         raise InfrastructureError(
             f"{path} exists and is no lock file ({stat.st_size} bytes that are no run record); "
             "it was not touched. Choose another lock_file_path, or remove the file"
         )
-
-
-def _locked(path: Path, holder: RunRecord | None, *, waited: float) -> EnvironmentLockedError:
-    if holder is not None and leader_is_dead(holder):
-        who = f"a process that a dead run left ({holder.describe()})"
-        stop = f"find it with: fuser -v {path}"
-    elif holder is None:
-        who, stop = "a run that left no readable record", f"find it with: fuser -v {path}"
-    else:
-        who = holder.describe()
-        stop = f"stop it (kill {holder.pid}{'' if holder.is_local else ' over there'})"
-    since = f" (waited {duration(waited)})" if waited >= 1 else ""
-    return EnvironmentLockedError(
-        f"the lock {path} is held by {who}{since}. "
-        f"Wait for it with FileLock(timeout=None), {stop}, or use another project name",
-        holder=holder,
-        lock_path=str(path),
-    )
+    if not path.name.endswith(_LOCK_NAMES):
+        raise InfrastructureError(
+            f"{path} exists and is no lock file: there is no run record in it, and its name does "
+            f"not end in {', '.join(_LOCK_NAMES[:-1])} or {_LOCK_NAMES[-1]}. It was not touched. "
+            "Choose another lock_file_path, or remove the file"
+        )
 
 
 def _explain(error: OSError, path: Path) -> InfrastructureError:
@@ -414,8 +406,3 @@ def _explain(error: OSError, path: Path) -> InfrastructureError:
     else:
         hint = "choose another lock_file_path"
     return InfrastructureError(f"cannot lock {path}: {what}; {hint}")
-
-
-def _is_on_network(fd: int) -> bool:
-    """Whether the file system of an open file is one that other hosts write to, too."""
-    return files.file_system_of(os.fstat(fd).st_dev) in _NETWORK_FILE_SYSTEMS

@@ -128,6 +128,17 @@ def same_file(fd: int, path: str | Path) -> bool:
     return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
+def still_open(fd: int, file: tuple[int, int]) -> bool:
+    """Whether ``fd`` is still the file with this device and inode. A program may close every
+    descriptor, as daemons do, and then the number is soon that of some other file.
+    """
+    try:
+        opened = os.fstat(fd)
+    except OSError:
+        return False
+    return (opened.st_dev, opened.st_ino) == file
+
+
 def read_bounded(fd: int, limit: int) -> bytes:
     """At most ``limit`` bytes from the start of a file, wherever its offset stands."""
     if hasattr(os, "pread"):
@@ -138,12 +149,23 @@ def read_bounded(fd: int, limit: int) -> bytes:
 
 def write_whole(fd: int, data: bytes) -> None:
     """Replace the contents of an open file, wherever its offset stands."""
-    os.lseek(fd, 0, os.SEEK_SET)
+    if hasattr(os, "pwrite"):
+        written = os.pwrite(fd, data, 0)
+    else:
+        os.lseek(fd, 0, os.SEEK_SET)
+        written = os.write(fd, data)
+    while written < len(data):
+        os.lseek(fd, written, os.SEEK_SET)
+        written += os.write(fd, data[written:])
+    if os.fstat(fd).st_size > len(data):  # five times as fast as cutting off nothing
+        os.ftruncate(fd, len(data))
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data`` where the file's offset stands, or at its end with O_APPEND."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
-    if os.fstat(fd).st_size > len(data):  # five times as fast as cutting off nothing
-        os.ftruncate(fd, len(data))
 
 
 @functools.lru_cache(maxsize=64)

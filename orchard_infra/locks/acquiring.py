@@ -1,0 +1,387 @@
+"""Waiting for a lock: the one loop that all locks share.
+
+Who has the lock is logged, dead holders are cleared away, and a run that would wait for itself is
+refused. The loop is a generator of pauses, so that a thread can sleep through them and a task
+can await them. It never waits in a thread of its own: a cancelled task would get the lock later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+
+from orchard_infra.errors import EnvironmentLockedError, InfrastructureError
+from orchard_infra.locks.base import Held, Lease, Lock, LockKey, Place
+from orchard_infra.runs.record import RunRecord, Survivor, leader_is_dead
+from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system.text import duration, printable
+
+# The first in line tries this often, in seconds: the lock is its own some 6 ms after the release,
+# for 1.5 % of a core. The kernel's blocking wait cannot see that the file was removed.
+_POLL = (0.008, 0.014)
+_WAIT = (0.6, 0.9)  # seconds until one behind it looks again, unless it is woken before
+_LOOK_AGAIN = 0.25  # seconds between two looks at whether the holder is dead
+_SAY_AGAIN = 30.0  # seconds between two log lines of a waiter
+_CLEAR_AGAIN = 30.0  # seconds between two looks for what a dead holder left
+_UNSIGNED = 0.1  # seconds for which a new holder may not have signed yet
+_CLEARED = 1.0  # seconds for which somebody else may have the lock of a dead holder, not signed
+
+ClearDead: TypeAlias = Callable[[RunRecord], Sequence[Survivor]]
+_Owner: TypeAlias = tuple["weakref.ref[threading.Thread]", "weakref.ref[Any] | None"]
+
+# Which thread and task of this process has a lock or tries for one, by the id of the run. The
+# references have no callbacks: a Ctrl-C that is raised in one is printed and lost.
+_owners: dict[str, tuple[_Owner, weakref.ref[Lease] | None]] = {}
+
+
+@attrs.frozen
+class Pause:
+    """Some seconds to wait, fewer when a descriptor becomes ready meanwhile."""
+
+    seconds: float
+    _fd: int = -1
+    _refuse: Callable[[], object] | None = None
+
+    def wait(self) -> None:
+        """Wait in this thread.
+
+        Raises:
+            EnvironmentLockedError: The lock belongs to a task of the event loop that this would
+                block, so it would never go free.
+        """
+        if self._refuse is not None:
+            self._refuse()
+        if self._fd < 0:
+            time.sleep(self.seconds)
+            return
+        import select
+
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.poll(self.seconds * 1000)
+
+    async def wait_async(self) -> None:
+        """Wait in this task; the event loop goes on."""
+        import asyncio
+
+        if self._fd < 0:
+            await asyncio.sleep(self.seconds)
+            return
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        try:
+            loop.add_reader(self._fd, _set, ready)
+        except (NotImplementedError, OSError):  # an event loop that knows sockets only
+            await asyncio.sleep(self.seconds)
+            return
+        try:
+            await asyncio.wait([ready], timeout=self.seconds)
+        finally:
+            loop.remove_reader(self._fd)
+
+
+def _set(ready: Any) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+def acquiring(
+    lock: Lock,
+    key: LockKey,
+    record: RunRecord,
+    *,
+    timeout: float | None,
+    clear_dead: ClearDead,
+    logger: logging.Logger,
+) -> Generator[Pause, None, Lease]:
+    """Take a lock. Every `Pause` that comes out is to be waited for before the next step; the
+    lease is what the generator returns. Close it when it is not carried on: nothing is left then.
+
+    ``timeout`` is how long to wait for another run, in seconds: 0 fails at once, None waits for
+    ever and never gives up. ``clear_dead`` stops what still lives of a dead holder, where that is
+    allowed, and returns what it had to leave.
+
+    Raises:
+        EnvironmentLockedError: Another run has it, or this very thread and task. It is logged.
+        InfrastructureError: It cannot be taken at all. It is logged.
+    """
+    attempt = _Attempt(lock, key, record, timeout, clear_dead, logger)
+    try:
+        try:
+            attempt.begin()
+            while not attempt.succeeds():
+                yield attempt.pause()
+        finally:
+            attempt.end()
+        assert attempt.lease is not None
+        return attempt.lease
+    except BaseException:
+        # Also a Ctrl-C that comes after the lock was taken. The traceback keeps the lease alive.
+        if attempt.lease is not None:
+            attempt.lease.release()
+        raise
+
+
+def acquire(
+    lock: Lock,
+    key: LockKey,
+    record: RunRecord,
+    *,
+    clear_dead: ClearDead = lambda dead: (),
+    logger: logging.Logger | None = None,
+) -> Lease:
+    """Take a lock in this thread, and wait for it as long as the lock itself says."""
+    if logger is None:
+        logger = logging.getLogger("Infrastructure")
+    with contextlib.closing(
+        acquiring(lock, key, record, timeout=lock.timeout, clear_dead=clear_dead, logger=logger)
+    ) as steps:
+        while True:
+            try:
+                pause = next(steps)
+            except StopIteration as taken:
+                lease: Lease = taken.value
+                return lease
+            pause.wait()
+
+
+@attrs.define(eq=False)
+class _Attempt:
+    """The state of one `acquiring`."""
+
+    lock: Lock
+    key: LockKey
+    record: RunRecord
+    timeout: float | None
+    clear_dead: ClearDead
+    logger: logging.Logger
+    lease: Lease | None = attrs.field(default=None, init=False)
+    _owner: _Owner = attrs.field(init=False)
+    _place: Place | None = attrs.field(default=None, init=False)
+    _leave: Callable[[], object] | None = attrs.field(default=None, init=False)  # the queue
+    _has_paused: bool = attrs.field(default=False, init=False)
+    _tries: bool = attrs.field(default=True, init=False)  # not behind others in the queue
+    _began: float = attrs.field(init=False)  # monotonic, as all that follows
+    _deadline: float = attrs.field(init=False)
+    _look_at: float = attrs.field(default=0.0, init=False)
+    _clear_at: float = attrs.field(default=0.0, init=False)
+    _say_at: float = attrs.field(default=0.0, init=False)
+    _may_be_unsigned: bool = attrs.field(default=True, init=False)
+    _holder: RunRecord | None = attrs.field(default=None, init=False)
+    _cleared: str | None = attrs.field(default=None, init=False)  # a run id
+    _survivors: tuple[Survivor, ...] = attrs.field(default=(), init=False)
+    _refusal: EnvironmentLockedError | None = attrs.field(default=None, init=False)
+
+    def begin(self) -> None:
+        self._owner = _this_owner()
+        self._began = time.monotonic()
+        self._deadline = math.inf if self.timeout is None else self._began + self.timeout
+        # Before the attempt: another thread that looks must not find a holder it cannot place.
+        _note_owner(self.record.run_id, self._owner, None)
+        if self.timeout != 0:
+            self._stand_in_line()
+
+    def end(self) -> None:
+        if self.lease is None:
+            _owners.pop(self.record.run_id, None)
+        else:
+            _note_owner(self.record.run_id, self._owner, self.lease)
+        if self._leave is not None:
+            self._leave()
+
+    def succeeds(self) -> bool:
+        """Try for the lock, where it is our turn."""
+        try:
+            self._tries = self._place is None or self._place.is_first()
+            if self._tries:
+                with uninterrupted():
+                    outcome = self.lock.try_acquire(self.key, self.record)
+                    if not isinstance(outcome, Held):
+                        self.lease = outcome
+                        return True
+                self._consider(outcome.holder)
+            elif time.monotonic() >= min(self._say_at, self._deadline):
+                self._consider(self.lock.holder(self.key))
+            return False
+        except InfrastructureError as error:
+            self._log_refusal(error)
+            raise
+
+    def pause(self) -> Pause:
+        """What there is to wait for until the next try."""
+        if not self._has_paused:
+            self._has_paused = True
+            seconds, fd = 0.0, -1  # the place in the queue is taken at the second look
+        elif self._tries or self._place is None:
+            seconds, fd = random.uniform(*_POLL), -1
+        else:
+            seconds, fd = random.uniform(*_WAIT), self._place.fileno()
+        left = max(0.0, self._deadline - time.monotonic())
+        return Pause(min(seconds, left), fd, self._refuse_blocking if self._refusal else None)
+
+    def _refuse_blocking(self) -> None:
+        if self._refusal is not None:
+            self._log_refusal(self._refusal)
+            raise self._refusal
+
+    def _stand_in_line(self) -> None:
+        queue = getattr(self.lock, "queue", None)
+        if queue is None:
+            return
+        line = queue(self.key)
+        self._leave = lambda: line.__exit__(None, None, None)
+        try:
+            self._place = line.__enter__()
+        except (OSError, InfrastructureError) as error:  # no directory for it, no descriptors left
+            self.logger.debug("waiting for %s beside the queue: %s", self.key.path, error)
+
+    def _consider(self, holder: RunRecord | None) -> None:
+        """The lock is taken: refuse, clear a dead holder away, or go on waiting.
+
+        Raises:
+            EnvironmentLockedError: It is over.
+        """
+        known, self._holder = self._holder, holder
+        now = time.monotonic()
+        if holder is None:
+            if self._may_be_unsigned:
+                self._may_be_unsigned = False
+                self._deadline = max(self._deadline, now + _UNSIGNED)
+        elif known is None or holder.run_id != known.run_id or now >= self._look_at:
+            self._look_at = now + _LOOK_AGAIN
+            self._refuse_own(holder)
+            if self._tries:
+                self._clear(holder)
+                now = time.monotonic()
+        if now >= self._deadline:
+            raise self._locked(now - self._began)
+        if self.timeout != 0 and now >= self._say_at:
+            self._say_at = now + _SAY_AGAIN
+            self.logger.info(
+                "waiting for the lock %s, held by %s",
+                self.key.path,
+                self._describe_holder(),
+                extra={"lock_path": str(self.key.path), "holder": holder},
+            )
+
+    def _refuse_own(self, holder: RunRecord) -> None:
+        """Refuse to wait for ourselves. Another thread of this process may wait, and so may another
+        task, as long as it does not block the event loop.
+        """
+        self._refusal = None
+        if holder.leader != self.record.leader or not holder.is_local:
+            return
+        thread, task = self._owner
+        if holder.run_id in _owners:
+            (their_thread, their_task), _ = _owners[holder.run_id]
+            if their_thread != thread:
+                return
+        else:  # taken without `acquiring`: nobody knows by whom
+            their_task = None
+        already = f"this process (pid {holder.pid}) already holds {self.key.path}"
+        if task is not None and their_task is not None and task != their_task:
+            # Raised only if this task blocks the event loop, without which the other one stands.
+            self._refusal = self._refused(
+                f"{already}, in another task of this event loop, and would wait for itself. "
+                "Use `async with` here, or another project name",
+                holder,
+            )
+            return
+        raise self._refused(
+            f"{already}: it would wait for itself. "
+            "Leave the first environment before entering it again, or use another project name",
+            holder,
+        )
+
+    def _clear(self, holder: RunRecord) -> None:
+        """Have stopped what a dead holder left; remember what is still there."""
+        if not _is_dead(holder):
+            self._survivors = ()
+            return
+        if self._cleared == holder.run_id and time.monotonic() < self._clear_at:
+            return
+        self._survivors = tuple(self.clear_dead(holder))
+        now = time.monotonic()
+        self._cleared, self._clear_at = holder.run_id, now + _CLEAR_AGAIN
+        # Worth another try, also after the time is over: what had the lock may just have gone.
+        self._deadline = max(self._deadline, now + (_UNSIGNED if self._survivors else _CLEARED))
+
+    def _describe_holder(self) -> str:
+        if self._holder is None:
+            return "an unknown run"
+        if self._survivors:
+            listed = "; ".join(survivor.describe() for survivor in self._survivors)
+            return f"processes that a dead run left: {listed}"
+        return self._holder.describe()
+
+    def _locked(self, waited: float) -> EnvironmentLockedError:
+        path, holder = self.key.path, self._holder
+        since = f" (waited {duration(waited)})" if waited >= 1 else ""
+        if holder is not None and self._survivors:
+            listed = "; ".join(survivor.describe() for survivor in self._survivors)
+            pids = " ".join(str(survivor.pid) for survivor in self._survivors)
+            return self._refused(
+                f"the run that holds {path} is dead (pid {holder.pid}, user "
+                f"{printable(holder.user)}), but processes of it still live{since}: {listed}. "
+                f"Set allow_process_kill=True to have them stopped, or run: kill {pids}",
+                holder,
+            )
+        stop = f"find it with: fuser -v {path}"
+        if holder is None:
+            who = "a run that left no readable record"
+        elif _is_dead(holder):
+            who = f"a process that a dead run left ({holder.describe()})"
+        else:
+            who = holder.describe()
+            stop = f"stop it (kill {holder.pid}{'' if holder.is_local else ' over there'})"
+        return self._refused(
+            f"the lock {path} is held by {who}{since}. "
+            f"Wait for it with timeout=None, {stop}, or use another project name",
+            holder,
+        )
+
+    def _refused(self, message: str, holder: RunRecord | None) -> EnvironmentLockedError:
+        return EnvironmentLockedError(
+            message, holder=holder, survivors=self._survivors, lock_path=str(self.key.path)
+        )
+
+    def _log_refusal(self, error: InfrastructureError) -> None:
+        holder = getattr(error, "holder", None)
+        extra = {"lock_path": str(self.key.path), "holder": holder}
+        self.logger.error("%s", error, extra=extra)
+
+
+def _is_dead(holder: RunRecord) -> bool:
+    """Whether the holder of a lock that is held is proven dead. Another boot proves nothing then:
+    somebody has the kernel's lock, on another host, say.
+    """
+    return holder.is_local and leader_is_dead(holder)
+
+
+def _this_owner() -> _Owner:
+    """This thread, and the asyncio task that runs in it."""
+    task = None
+    asyncio = sys.modules.get("asyncio")  # who has not loaded it has no task
+    if asyncio is not None:
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # there is no event loop running
+            pass
+    return weakref.ref(threading.current_thread()), None if task is None else weakref.ref(task)
+
+
+def _note_owner(run_id: str, owner: _Owner, lease: Lease | None) -> None:
+    for other, (_, taken) in tuple(_owners.items()):
+        if taken is not None and taken() is None:
+            _owners.pop(other, None)  # released, and forgotten
+    _owners[run_id] = owner, None if lease is None else weakref.ref(lease)
