@@ -115,9 +115,9 @@ class Takeover:
         put back; ours pass on what they get.
         """
         try:
-            if not self._previous or not is_in_main_thread():
-                return []
             ours = [s for s in self._previous if signal.getsignal(s) == self._handle]
+            if not ours or not is_in_main_thread():
+                return []
             with _arrivals() as arrived:
                 for signum in ours:
                     signal.signal(signum, self._living_previous(signum))

@@ -10,6 +10,7 @@ slow one must not expire somebody's lease.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -121,6 +122,13 @@ class _Background:
             if threading.current_thread() is not self.thread:
                 self.mail.put(None)  # it may be due again
 
+    def end(self) -> None:
+        with uninterrupted(), self.lock:
+            thread, self.thread = self.thread, None
+            self.mail.put(None)
+        if thread is not None and thread.is_alive():
+            thread.join(_LINGERS)
+
     def work(self) -> None:
         if sys.platform != "win32":
             # One that this thread took would not interrupt a call in which the main thread waits.
@@ -163,6 +171,14 @@ def _start_anew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
+
+
+@atexit.register
+def _end_at_exit() -> None:
+    """After the exit hooks of environments, which were registered later. A subinterpreter that
+    ends with a thread is a fatal error of Python's.
+    """
+    _background.end()
 
 
 def add(task: Task) -> bool:
