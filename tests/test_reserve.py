@@ -1,0 +1,174 @@
+"""A release finds a few file descriptors, however many the body has used up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from orchard_infra.system import reserve
+from support import run_python
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a real limit on descriptors")
+
+# For a process of its own, whose limit can be lowered.
+PRELUDE = """
+    import os, resource, threading
+    from orchard_infra.system import reserve
+
+    def number():
+        return len(os.listdir("/dev/fd"))
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    def use_up():
+        used = []
+        try:
+            while True:
+                used.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            return used
+
+    def free():
+        used = use_up()
+        for fd in used:
+            os.close(fd)
+        return len(used)
+"""
+
+
+def run(tmp_path: Path, source: str) -> list[str]:
+    script = run_python(tmp_path, PRELUDE + source)
+    assert script.finish() == 0, script.transcript()
+    return script.output.split()
+
+
+def descriptors() -> set[int]:
+    listed = {int(name) for name in os.listdir("/dev/fd")}
+    return {fd for fd in listed if os.path.lexists(f"/dev/fd/{fd}")}  # not that of the listing
+
+
+@pytest.fixture
+def held() -> set[int]:
+    """What one more environment keeps; given back when the test has done so."""
+    before = descriptors()
+    reserve.hold()
+    return descriptors() - before
+
+
+def test_a_release_has_descriptors_when_the_body_has_used_up_all(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+    before = number()
+    reserve.hold()
+    used = use_up()
+    print(free())
+    reserve.let_go()
+    print(free())
+    for fd in used:
+        os.close(fd)
+    print(number() - before)
+    """,
+    )
+    assert output == ["0", "6", "0"]
+
+
+def test_the_reserve_stays_for_the_environments_that_are_still_open(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+    reserve.hold(); reserve.hold(); reserve.hold()
+    reserve.let_go()        # others are open, and there is no lack: it stays
+    used = use_up()
+    print(free())
+    reserve.let_go()        # now this one needs it
+    print(free())
+    for fd in used:
+        os.close(fd)
+    reserve.hold()          # and it is filled again
+    used = use_up()
+    reserve.let_go(); reserve.let_go()
+    print(free())
+    """,
+    )
+    assert output == ["0", "6", "6"]
+
+
+def test_an_environment_can_begin_without_a_reserve(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+    used = use_up()
+    os.close(used.pop())
+    before = free()
+    reserve.hold()
+    print(free() - before)
+    reserve.let_go()
+    print(free() - before)
+    """,
+    )
+    assert output == ["0", "0"]
+
+
+def test_no_program_that_is_started_inherits_it(held: set[int]) -> None:
+    assert len(held) == 6
+    assert not any(os.get_inheritable(fd) for fd in held)
+    reserve.let_go()
+    assert not held & descriptors()
+
+
+def test_a_forked_child_has_none_and_keeps_its_own(held: set[int]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        inherited = held & descriptors()
+        before = descriptors()
+        reserve.hold()
+        own = len(descriptors() - before)
+        reserve.let_go()
+        os._exit(0 if (inherited, own) == (set(), 6) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert held <= descriptors()
+    reserve.let_go()
+
+
+def test_a_file_that_got_one_of_its_numbers_meanwhile_is_not_closed(held: set[int]) -> None:
+    """A program that closes all descriptors, as a daemon does, may open others in their place."""
+    number = min(held)
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, number)
+    os.close(null)
+    try:
+        reserve.let_go()
+        assert stat.S_ISCHR(os.fstat(number).st_mode)
+    finally:
+        os.close(number)
+
+
+def test_a_fork_while_another_thread_begins_and_ends_does_not_hang() -> None:
+    stop = threading.Event()
+
+    def begin_and_end() -> None:
+        while not stop.is_set():
+            reserve.hold()
+            reserve.let_go()
+
+    thread = threading.Thread(target=begin_and_end)
+    thread.start()
+    try:
+        for _ in range(50):
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)  # a child that hangs is a failure of the test
+                reserve.hold()
+                reserve.let_go()
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
