@@ -1,16 +1,26 @@
-"""How this process was launched: its rank, the launcher and the scheduler.
+"""How this process was launched: its rank, its job, the launcher and the scheduler.
 
-Plain functions of an environment mapping. Nothing is imported, run or connected to in order to
-find out. Two mistakes matter here: two processes that both think they lead, and a kill on a
-machine that is not ours alone. So in doubt a process is a follower, and nothing is killed.
+`Launch.from_environ` is a plain function of an environment mapping. Nothing is imported, run or
+connected to in order to find out. `this_launch` also looks for the launcher's process. Two
+mistakes matter here: two processes that both think they lead, and a kill on a machine that is not
+ours alone. So in doubt a process is a follower, and nothing is killed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import attrs
+
+from orchard_infra.errors import ConfigurationError
+
+# Names of a job: alternatives, the first one that is set counts. The first variable of one has
+# to be set, the others are added where they are.
+_Names = tuple[tuple[str, ...], ...]
 
 
 class _Scheduler(NamedTuple):
@@ -67,11 +77,29 @@ _SCHEDULERS = (
 )
 
 
+# What names a job to all of its hosts, for launchers that have no id of their own.
+_JOBS_OF_SCHEDULERS: dict[str, _Names] = {
+    "slurm": (("SLURM_JOB_ID",), ("SLURM_JOBID",)),
+    "pbs": (("PBS_JOBID",),),
+    "lsf": (("LSB_JOBID", "LSB_JOBINDEX"),),  # all elements of an array have the same LSB_JOBID
+    "sge": (("JOB_ID", "SGE_TASK_ID"),),  # and the same JOB_ID
+    "flux": (("FLUX_JOB_ID",),),
+    "oar": (("OAR_JOB_ID",), ("OAR_JOBID",)),
+    "cobalt": (("COBALT_JOBID",),),
+    "moab": (("MOAB_JOBID",),),
+    "sagemaker": (("TRAINING_JOB_NAME",),),
+    "vertex": (("CLOUD_ML_JOB_ID",),),
+    "azureml": (("AZUREML_RUN_ID",),),
+    "ray": (("RAY_JOB_ID",),),
+}
+
+
 class _Ranks(NamedTuple):
     launcher: str
     rank: str
     local_rank: tuple[str, ...]
     world_size: tuple[str, ...]
+    job: _Names = ()
 
 
 # The first one that is set wins: the innermost launcher, which has set its variables last. Of
@@ -79,32 +107,70 @@ class _Ranks(NamedTuple):
 _RANKS = (
     # PyTorch, "Environment variable initialization" and "torchrun: Environment Variables"; so do
     # accelerate, deepspeed, Ray Train, Kubeflow, and scripts that call init_process_group
-    _Ranks("unknown", "RANK", ("LOCAL_RANK",), ("WORLD_SIZE",)),
+    _Ranks("unknown", "RANK", ("LOCAL_RANK",), ("WORLD_SIZE",), (("TORCHELASTIC_RUN_ID",),)),
     # horovod/runner/gloo_run.py; under mpirun Horovod goes by the variables of Open MPI
     _Ranks("horovodrun", "HOROVOD_RANK", ("HOROVOD_LOCAL_RANK",), ("HOROVOD_SIZE",)),
-    # Open MPI, "Environment variables set for MPI applications"
+    # Open MPI, "Environment variables set for MPI applications"; the job's id up to version 4 is
+    # from orte/mca/odls/base/odls_base_default_fns.c, from version 5 on PRRTE sets PMIX_NAMESPACE
     _Ranks(
         "mpirun",
         "OMPI_COMM_WORLD_RANK",
         ("OMPI_COMM_WORLD_LOCAL_RANK",),
         ("OMPI_COMM_WORLD_SIZE",),
+        (("OMPI_MCA_ess_base_jobid",), ("PMIX_NAMESPACE",)),
     ),
     # MVAPICH2 user guide, "Utilities: MV2_COMM_WORLD_LOCAL_RANK"
     _Ranks(
-        "mpirun", "MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_LOCAL_RANK",), ("MV2_COMM_WORLD_SIZE",)
+        "mpirun",
+        "MV2_COMM_WORLD_RANK",
+        ("MV2_COMM_WORLD_LOCAL_RANK",),
+        ("MV2_COMM_WORLD_SIZE",),
+        (("PMI_JOBID",),),
     ),
     # mpiexec(1) of HPE Cray PALS
-    _Ranks("mpiexec", "PALS_RANKID", ("PALS_LOCAL_RANKID",), ("PALS_SIZE", "PMI_SIZE")),
-    # Hydra (MPICH, Intel MPI), and every launcher that speaks PMI-1 or PMI-2: srun --mpi=pmi2
-    _Ranks("mpiexec", "PMI_RANK", ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("PMI_SIZE",)),
+    _Ranks(
+        "mpiexec",
+        "PALS_RANKID",
+        ("PALS_LOCAL_RANKID",),
+        ("PALS_SIZE", "PMI_SIZE"),
+        (("PALS_APID",),),
+    ),
+    # Hydra (MPICH, Intel MPI), and every launcher that speaks PMI-1 or PMI-2: srun --mpi=pmi2,
+    # whose src/plugins/mpi/pmi2/setup.c sets PMI_JOBID, too. Hydra has no id.
+    _Ranks(
+        "mpiexec",
+        "PMI_RANK",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"),
+        ("PMI_SIZE",),
+        (("PMI_JOBID",),),
+    ),
     # OpenPMIx; there is no variable for the size
-    _Ranks("mpiexec", "PMIX_RANK", (), ()),
+    _Ranks("mpiexec", "PMIX_RANK", (), (), (("PMIX_NAMESPACE",),)),
     # jsrun of LSF's job step manager
-    _Ranks("jsrun", "JSM_NAMESPACE_RANK", ("JSM_NAMESPACE_LOCAL_RANK",), ("JSM_NAMESPACE_SIZE",)),
+    _Ranks(
+        "jsrun",
+        "JSM_NAMESPACE_RANK",
+        ("JSM_NAMESPACE_LOCAL_RANK",),
+        ("JSM_NAMESPACE_SIZE",),
+        (("PMIX_NAMESPACE",), ("LSB_JOBID",)),
+    ),
     # flux-environment(7)
-    _Ranks("flux run", "FLUX_TASK_RANK", ("FLUX_TASK_LOCAL_ID",), ("FLUX_JOB_SIZE",)),
+    _Ranks(
+        "flux run",
+        "FLUX_TASK_RANK",
+        ("FLUX_TASK_LOCAL_ID",),
+        ("FLUX_JOB_SIZE",),
+        (("FLUX_JOB_ID",),),
+    ),
     # srun(1), and see below. Not SLURM_NTASKS: that is also what the batch script may start.
-    _Ranks("srun", "SLURM_PROCID", ("SLURM_LOCALID",), ("SLURM_STEP_NUM_TASKS",)),
+    # The older names of the ids are from Slurm 1 and are still set.
+    _Ranks(
+        "srun",
+        "SLURM_PROCID",
+        ("SLURM_LOCALID",),
+        ("SLURM_STEP_NUM_TASKS",),
+        (("SLURM_JOB_ID", "SLURM_STEP_ID"), ("SLURM_JOBID", "SLURM_STEPID")),
+    ),
 )
 
 # Who set RANK, by what else they set.
@@ -118,6 +184,12 @@ _LAUNCHERS_OF_RANK = (
     ("deepspeed", "CROSS_RANK"),
 )
 
+# How often a job was started again: torchrun --max-restarts, and sbatch(1) after a requeue.
+_RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+# What ranks need to find each other. A LOCAL_RANK without any of them is how some choose a GPU.
+_MEETING_POINT = ("MASTER_PORT", "MASTER_ADDR", "NODE_RANK", "WORLD_SIZE")
+
 
 @attrs.frozen
 class Launch:
@@ -127,6 +199,10 @@ class Launch:
     that tells only local ranks (Lightning's) it is a lower bound, and right for the first node.
     ``launcher`` is None outside of a distributed job, "unknown" where ranks are set and nothing
     says by whom. ``scheduler`` names the shared compute this process runs on, if it does.
+
+    ``job`` is what all ranks of one job have in common and no other job has; compare it by
+    `is_same_job` only. It stays the same through elastic restarts. None outside of a distributed
+    job, and where nothing names it. ``restart`` counts the restarts of the job, for display.
     """
 
     rank: int | None = None
@@ -134,21 +210,40 @@ class Launch:
     world_size: int | None = None
     launcher: str | None = None
     scheduler: str | None = None
-    _evidence: str = attrs.field(default="", eq=False)
+    job: str | None = None
+    restart: int | None = attrs.field(default=None, eq=False)
+    _evidence: str = attrs.field(default="", eq=False)  # of the scheduler, else of the rank
+    _rank_from: str = attrs.field(default="", eq=False)
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str]) -> Launch:
-        """Read it off an environment. Values that are no number, or negative, count as unset.
+    def from_environ(cls, environ: Mapping[str, str], started_by: str | None = None) -> Launch:
+        """Read it off an environment, and nothing else.
 
+        ``started_by`` names the launcher's process for ``job``; `this_launch` finds it.
+
+        A rank that is empty or -1 counts as unset, and so does a world size that is no number.
         Under srun, mpirun and their like one process per task is taken for a rank of one job.
         Independent runs started that way (a sweep as one step) are told apart by unsetting the
         launcher's rank for each of them.
+
+        Raises:
+            ConfigurationError: A rank is no number, or not below the world size.
         """
-        launch = _with_lightning(_launch_of_ranks(environ), environ)
+        ranks, job = _launch_of_ranks(environ)
+        ranks = _with_lightning(ranks, environ)
         scheduler, evidence = _find_scheduler(environ)
-        if scheduler is None:
+        launch = attrs.evolve(
+            ranks,
+            scheduler=scheduler,
+            restart=_first_number(environ, _RESTARTS),
+            evidence=evidence or ranks._rank_from,
+        )
+        if launch.launcher is None:
             return launch
-        return attrs.evolve(launch, scheduler=scheduler, evidence=evidence)
+        job_id = _name_of(environ, (*job, *_JOBS_OF_SCHEDULERS.get(scheduler or "", ())))
+        if job_id is None and started_by is None:
+            return launch
+        return attrs.evolve(launch, job=f"{started_by or '-'} {job_id or '-'}")
 
     @property
     def is_leader(self) -> bool:
@@ -171,12 +266,115 @@ class Launch:
             phrases = {scheduler.name: scheduler.phrase for scheduler in _SCHEDULERS}
             reason = f"this is {phrases.get(self.scheduler, f'a {self.scheduler} job')}"
         elif self.launcher is not None or self.rank is not None:
-            who = "one process" if self.rank is None else f"rank {self.rank}"
-            by = "" if self.launcher in (None, "unknown") else f" started by {self.launcher}"
-            reason = f"this is {who} of a distributed job{by}"
+            reason = f"this is {self._place()}"
         else:
             return None
         return f"{reason} ({self._evidence})" if self._evidence else reason
+
+    def reason_not_to_lock(self) -> str | None:
+        """Why this process takes no lock, naming the variable that says so; None for a leader."""
+        if self.is_leader:
+            return None
+        reason = f"this is {self._place()}, and rank 0 takes it"
+        return f"{reason} ({self._rank_from})" if self._rank_from else reason
+
+    def _place(self) -> str:
+        who = "one process" if self.rank is None else f"rank {self.rank}"
+        by = "" if self.launcher in (None, "unknown") else f" started by {self.launcher}"
+        return f"{who} of a distributed job{by}"
+
+
+def this_launch() -> Launch:
+    """How this process was launched. ``job`` names the launcher's process on this host as well.
+
+    Raises:
+        ConfigurationError: See `Launch.from_environ`.
+    """
+    launch = Launch.from_environ(os.environ)
+    if launch.launcher is None:
+        return launch
+    return Launch.from_environ(os.environ, started_by=_launcher_process(launch))
+
+
+def is_same_job(job: str | None, other: str | None) -> bool:
+    """Whether two values of `Launch.job` name the same job.
+
+    On one host the launcher's process decides: two launchers that were given the same id, or the
+    default one, run two jobs. Each host of a job has a launcher's process of its own, so between
+    hosts the id has to do.
+    """
+    if job is None or other is None:
+        return False
+    process, _, job_id = job.partition(" ")
+    other_process, _, other_id = other.partition(" ")
+    if _host_of(process) == _host_of(other_process) != "-":
+        return (process, job_id) == (other_process, other_id)
+    return job_id == other_id != "-"
+
+
+def _host_of(process: str) -> str:
+    return process.rpartition(":")[0] or "-"
+
+
+def _launcher_process(launch: Launch) -> str | None:
+    """The launcher's process on this host, so named that all ranks below it agree.
+
+    It is the nearest ancestor that was not itself started as this rank: a shell script, sudo or
+    numactl between them has inherited the rank, the launcher has not. torchrun's agent lives
+    through elastic restarts. What a process has in /proc is the environment that it was started
+    with, so a variable that is missing there was set later, by a launcher inside of the process.
+    """
+    from orchard_infra.system import processes
+
+    started_with = processes.read_environ(os.getpid()) or {}
+    own = _quietly(started_with)
+    inside = {
+        name
+        for name in ("RANK", "LOCAL_RANK", "NODE_RANK")
+        if os.environ.get(name) != started_with.get(name)
+    }
+    by_lightning = (launch.launcher == "lightning" and "LOCAL_RANK" in inside) or (
+        inside == {"LOCAL_RANK", "NODE_RANK"}  # below an outer launcher, which has set RANK
+    )
+    if own.launcher is None or own.rank != launch.rank or by_lightning:
+        # torch.multiprocessing.spawn and its like: the parent is the launcher.
+        multiprocessing = sys.modules.get("multiprocessing.process")
+        parent = None if multiprocessing is None else multiprocessing.parent_process()
+        if parent is not None:
+            return _identified(parent.pid)
+        if by_lightning:  # its rank 0 is the launcher of the others
+            return _identified(os.getpid())
+        mark = _mark_of_rank(launch, os.environ)
+    else:
+        mark = _mark_of_rank(own, started_with)
+    for pid in processes.ancestors(os.getpid()):
+        environ = processes.read_environ(pid)
+        if environ is None or _mark_of_rank(_quietly(environ), environ) != mark:
+            return _identified(pid)
+    return None
+
+
+def _mark_of_rank(launch: Launch, environ: Mapping[str, str]) -> tuple[object, ...]:
+    # The file, which torchrun gives to each rank, tells a torchrun inside of another one's rank.
+    return launch.launcher, launch.rank, environ.get("TORCHELASTIC_ERROR_FILE")
+
+
+def _identified(pid: int | None) -> str | None:
+    """``BOOT:PID NAMESPACE:PID@CREATE TIME``: unlike a pid alone, of one process ever."""
+    from orchard_infra.system import processes
+
+    identity = None if pid is None else processes.identity_of(pid)
+    if identity is None:
+        return None
+    host = f"{processes.boot_id()}:{processes.pid_namespace()}"
+    return f"{host}:{identity.pid}@{identity.create_time}"
+
+
+def _quietly(environ: Mapping[str, str]) -> Launch:
+    try:
+        return Launch.from_environ(environ)
+    except ConfigurationError:
+        return Launch()
 
 
 def _find_scheduler(environ: Mapping[str, str]) -> tuple[str | None, str]:
@@ -188,47 +386,116 @@ def _find_scheduler(environ: Mapping[str, str]) -> tuple[str | None, str]:
     return None, ""
 
 
-def _launch_of_ranks(environ: Mapping[str, str]) -> Launch:
-    for launcher, variable, local_ranks, world_sizes in _RANKS:
-        rank = _number(environ, variable)
+def _launch_of_ranks(environ: Mapping[str, str]) -> tuple[Launch, _Names]:
+    """The launch as its ranks tell it, and the variables that name the launcher's job."""
+    for found in _RANKS:
+        rank = _rank(environ, found.rank)
         if rank is None:
             continue
-        world_size = _first_number(environ, world_sizes)
-        if launcher == "srun" and rank == 0 and (world_size or 1) == 1:
+        world_size = _first_number(environ, found.world_size)
+        if found.launcher == "srun" and rank == 0 and (world_size or 1) == 1:
             # The batch script itself and a step of one task (an interactive shell) have
             # SLURM_PROCID=0, too, and are no rank of anything.
             continue
+        if world_size is not None and rank >= world_size:
+            size = next(name for name in found.world_size if _number(environ, name) is not None)
+            raise ConfigurationError(
+                f"{_shown(environ, found.rank)} is not below {_shown(environ, size)}: ranks count "
+                f"from 0. Correct the one that is wrong, or unset {found.rank} if this process is "
+                "not part of a distributed job."
+            )
+        launcher, job = found.launcher, found.job
         if launcher == "unknown":
             marks = (name for name, mark in _LAUNCHERS_OF_RANK if mark in environ)
             launcher = next(marks, launcher)
-        local_rank = _first_number(environ, local_ranks)
-        evidence = _shown(environ, variable)
-        return Launch(rank, local_rank, world_size, launcher, evidence=evidence)
-    return Launch()
+        if launcher == "unknown":
+            launcher, job = _translated(environ, rank, world_size)
+        local_rank = _first_number(environ, found.local_rank)
+        shown = _shown(environ, found.rank)
+        return Launch(rank, local_rank, world_size, launcher, rank_from=shown), job
+    return Launch(), ()
+
+
+def _translated(
+    environ: Mapping[str, str], rank: int, world_size: int | None
+) -> tuple[str, _Names]:
+    """Whose rank a script has copied to RANK, as in ``RANK=$SLURM_PROCID``.
+
+    Only where rank and size are the same: a torchrun-like launcher that runs below srun has rank
+    0 in common with it, and is another job.
+    """
+    for other in _RANKS[1:]:
+        if world_size is not None and (rank, world_size) == (
+            _number(environ, other.rank),
+            _first_number(environ, other.world_size),
+        ):
+            return other.launcher, other.job
+    return "unknown", ()
 
 
 def _with_lightning(launch: Launch, environ: Mapping[str, str]) -> Launch:
     """The rank among the processes that Lightning started, if it did.
 
-    It runs the script again for every further device, with LOCAL_RANK, NODE_RANK, WORLD_SIZE and
-    no RANK in its environment (lightning/fabric/strategies/launchers/subprocess_script.py). What
-    an outer launcher has set they all inherit, so that its rank 0 is several processes.
+    It runs the script again for every further device, with LOCAL_RANK, NODE_RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT in its environment, and no RANK
+    (lightning/fabric/strategies/launchers/subprocess_script.py). Its processes that are forked or
+    spawned have only LOCAL_RANK and MASTER_PORT (multiprocessing.py in the same folder). What an
+    outer launcher has set they all inherit, so that its rank 0 is several processes.
     """
-    local_rank = _number(environ, "LOCAL_RANK")
-    node_rank = _number(environ, "NODE_RANK")
-    world_size = _number(environ, "WORLD_SIZE")
-    if launch.rank is None and (local_rank is not None or node_rank is not None):
-        # The number of processes on the nodes before is not known: at least one each.
-        rank = (node_rank or 0) + (local_rank or 0)
-        found = "LOCAL_RANK" if local_rank is not None and not node_rank else "NODE_RANK"
-        launcher = "lightning"
-    elif launch.rank == 0 and local_rank:
-        rank, found, launcher = local_rank, "LOCAL_RANK", launch.launcher or "lightning"
-    else:
+    if launch.rank not in (None, 0) or not any(environ.get(name) for name in _MEETING_POINT):
         return launch
+    world_size = _number(environ, "WORLD_SIZE")
     if world_size == 1:
         return launch  # LOCAL_RANK is how some choose a GPU by hand
-    return Launch(rank, local_rank, world_size, launcher, evidence=_shown(environ, found))
+    local_rank = _rank(environ, "LOCAL_RANK")
+    # Where an outer launcher has rank 0, NODE_RANK may be what it was told before it began to
+    # deal ranks: torchrun's rendezvous gives them out anew.
+    node_rank = _rank(environ, "NODE_RANK") if launch.rank is None else None
+    if local_rank is None and node_rank is None:
+        return launch
+    if launch.rank == 0 and not local_rank:
+        return launch
+    # The number of processes on the nodes before is not known: at least one each.
+    rank = (node_rank or 0) + (local_rank or 0)
+    found = "LOCAL_RANK" if local_rank is not None and not node_rank else "NODE_RANK"
+    if world_size is not None and rank >= world_size:
+        raise ConfigurationError(
+            f"{_shown(environ, found)} is not below {_shown(environ, 'WORLD_SIZE')}: ranks count "
+            f"from 0. Correct the one that is wrong, or unset {found} if this process is not part "
+            "of a distributed job."
+        )
+    return Launch(rank, local_rank, world_size, "lightning", rank_from=_shown(environ, found))
+
+
+def _name_of(environ: Mapping[str, str], names: _Names) -> str | None:
+    """``VARIABLE=value`` for the first alternative that is set, short and fit for a record."""
+    for first, *more in names:
+        value = environ.get(first)
+        if not value or value == "none":  # torchrun's default, the same for everybody
+            continue
+        value = ".".join([value, *filter(None, map(environ.get, more))])
+        if len(value) > 128 or not value.isascii() or not value.isprintable():
+            value = hashlib.sha256(os.fsencode(value)).hexdigest()
+        return f"{first}={value}"
+    return None
+
+
+def _rank(environ: Mapping[str, str], variable: str) -> int | None:
+    """The rank; None where it is unset, empty or -1, as some scripts say "not distributed".
+
+    Raises:
+        ConfigurationError: It is none. To take it for rank 0 would make another leader.
+    """
+    value = environ.get(variable, "").strip()
+    if value in ("", "-1"):
+        return None
+    rank = _number(environ, variable)
+    if rank is None:
+        raise ConfigurationError(
+            f"{_shown(environ, variable)} is not a rank, that is a whole number from 0 on. "
+            f"Correct it, or unset {variable} if this process is not part of a distributed job."
+        )
+    return rank
 
 
 def _first_number(environ: Mapping[str, str], variables: Iterable[str]) -> int | None:
@@ -241,7 +508,6 @@ def _number(environ: Mapping[str, str], variable: str) -> int | None:
         number = int(environ.get(variable, ""))
     except ValueError:
         return None
-    # -1 is how some scripts say "not distributed".
     return number if number >= 0 else None
 
 

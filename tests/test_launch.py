@@ -1,17 +1,18 @@
-"""What an environment says of rank, launcher and scheduler. Every environment here is one that
+"""What an environment says of rank, job, launcher and scheduler. Every environment here is one that
 the launcher or scheduler in question really sets, shortened to what tells it apart.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from orchard_infra.launch import Launch
+from orchard_infra.errors import ConfigurationError
+from orchard_infra.launch import Launch, is_same_job
+from support import Script, require_module, run_command, run_python
 
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
@@ -193,16 +194,85 @@ def test_a_launch_made_by_hand_has_a_reason_too() -> None:
     assert not Launch(rank=0).may_kill
 
 
-@pytest.mark.parametrize("value", ["abc", "", " ", "-1", "1.0", "0x1", "None", "9" * 5000])
-@pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "NODE_RANK"])
-def test_a_stray_rank_is_ignored(variable: str, value: str) -> None:
+RANKS = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID", "NODE_RANK"]
+
+
+@pytest.mark.parametrize("value", ["", " ", "-1"])
+@pytest.mark.parametrize("variable", [*RANKS, "LOCAL_RANK"])
+def test_an_empty_rank_and_minus_one_mean_no_rank(variable: str, value: str) -> None:
     assert Launch.from_environ({variable: value}) == Launch()
+
+
+@pytest.mark.parametrize("value", ["abc", "1.0", "0x1", "None", "-2", "9" * 5000, "\x1b[31m1"])
+@pytest.mark.parametrize("variable", RANKS)
+def test_a_rank_that_is_no_number_is_an_error_and_not_rank_0(variable: str, value: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Launch.from_environ({variable: value})
+
+    message = str(caught.value)
+    shown = f"{variable}={value}" if len(value) < 10 and value.isprintable() else variable
+    assert message.startswith(f"{shown} is not a rank")
+    assert f"unset {variable} if this process is not part of a distributed job" in message
+
+
+def test_a_local_rank_that_is_no_number_is_an_error_only_where_it_decides() -> None:
+    with pytest.raises(ConfigurationError, match="LOCAL_RANK=one is not a rank"):
+        Launch.from_environ({"LOCAL_RANK": "one", "WORLD_SIZE": "2", "MASTER_PORT": "1"})
+
+    assert Launch.from_environ({"LOCAL_RANK": "cuda:1"}) == Launch()
+    assert Launch.from_environ({"RANK": "3", "LOCAL_RANK": "one"}).rank == 3
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 is not below WORLD_SIZE=0"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "2"},
+            "OMPI_COMM_WORLD_RANK=2 is not below OMPI_COMM_WORLD_SIZE=2",
+        ),
+        ({"PALS_RANKID": "2", "PMI_SIZE": "2"}, "PALS_RANKID=2 is not below PMI_SIZE=2"),
+        (
+            {"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "4"},
+            "SLURM_PROCID=9 is not below SLURM_STEP_NUM_TASKS=4",
+        ),
+        (
+            {"LOCAL_RANK": "2", "NODE_RANK": "0", "WORLD_SIZE": "2"},
+            "LOCAL_RANK=2 is not below WORLD_SIZE=2",
+        ),
+        (
+            {"LOCAL_RANK": "1", "NODE_RANK": "3", "WORLD_SIZE": "4"},
+            "NODE_RANK=3 is not below WORLD_SIZE=4",
+        ),
+    ],
+)
+def test_a_rank_that_is_not_below_its_world_size_is_an_error(
+    environ: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Launch.from_environ(environ)
+
+    assert str(caught.value).startswith(message)
+    assert "unset" in str(caught.value)
+
+
+def test_the_world_size_of_another_launcher_does_not_limit_a_rank() -> None:
+    """mpirun on 8 processes inside of a pod that is one of two."""
+    environ = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8", "WORLD_SIZE": "2"}
+
+    assert Launch.from_environ(environ).rank == 5
+    assert Launch.from_environ({"RANK": "3", "WORLD_SIZE": "two", "PMI_SIZE": "2"}).rank == 3
 
 
 def test_a_stray_rank_does_not_hide_the_launcher_behind_it() -> None:
     environ = {"RANK": "", "PMI_RANK": "1", "PMI_SIZE": "two"}
 
     assert Launch.from_environ(environ) == Launch(1, None, None, "mpiexec")
+
+
+def test_a_rank_that_an_outer_launcher_left_is_not_asked() -> None:
+    assert Launch.from_environ({"RANK": "1", "PMI_RANK": "abc"}).rank == 1
 
 
 def test_a_world_size_alone_is_no_rank() -> None:
@@ -246,7 +316,7 @@ def test_torchrun_inside_slurm_gives_the_rank_and_slurm_the_scheduler() -> None:
         {**SLURM, "SLURM_STEP_NUM_TASKS": "2", **DISTRIBUTED["torchrun"][0]}
     )
 
-    assert launch == Launch(5, 1, 8, "torchrun", "slurm")
+    assert launch == Launch(5, 1, 8, "torchrun", "slurm", "- TORCHELASTIC_RUN_ID=x")
     assert launch.reason_not_to_kill() == "this is a Slurm job (SLURM_JOB_ID=42)"
 
 
@@ -259,7 +329,9 @@ def test_mpirun_inside_slurm_gives_the_rank() -> None:
         "OMPI_COMM_WORLD_SIZE": "8",
     }
 
-    assert Launch.from_environ(environ) == Launch(4, None, 8, "mpirun", "slurm")
+    assert Launch.from_environ(environ) == Launch(
+        4, None, 8, "mpirun", "slurm", "- SLURM_JOB_ID=42"
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,6 +370,147 @@ def test_a_local_rank_in_a_world_of_one_only_chooses_a_device() -> None:
     assert Launch.from_environ({"WORLD_SIZE": "1", "LOCAL_RANK": "2"}).is_leader
 
 
+@pytest.mark.parametrize("outer", [{}, SLURM, {"PMI_RANK": "0", "PMI_SIZE": "1"}])
+def test_a_local_rank_that_nobody_could_meet_only_chooses_a_device(outer: dict[str, str]) -> None:
+    """``LOCAL_RANK=1 python train.py``: such a run takes the lock. No launcher sets that alone."""
+    launch = Launch.from_environ({**outer, "LOCAL_RANK": "1"})
+
+    assert launch == Launch.from_environ(outer)
+    assert launch.is_leader
+    assert launch.reason_not_to_lock() is None
+
+
+@pytest.mark.parametrize(
+    "meeting_point",
+    [
+        {"NODE_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        {"MASTER_PORT": "1"},  # Lightning's ddp_spawn and ddp_notebook
+        {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"},  # started by hand, on each device
+        {"WORLD_SIZE": "2"},
+    ],
+)
+def test_a_local_rank_with_a_meeting_point_is_a_rank(meeting_point: dict[str, str]) -> None:
+    launch = Launch.from_environ({**meeting_point, "LOCAL_RANK": "1"})
+
+    assert (launch.rank, launch.launcher) == (1, "lightning")
+    assert launch.reason_not_to_lock() == (
+        "this is rank 1 of a distributed job started by lightning, and rank 0 takes it "
+        "(LOCAL_RANK=1)"
+    )
+    assert Launch.from_environ({**meeting_point, "LOCAL_RANK": "0"}).is_leader
+
+
+def test_the_reason_to_take_no_lock_names_the_rank_also_where_a_scheduler_is_known() -> None:
+    environ = {**SLURM, "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}
+
+    assert Launch.from_environ(environ).reason_not_to_lock() == (
+        "this is rank 3 of a distributed job started by srun, and rank 0 takes it (SLURM_PROCID=3)"
+    )
+    assert Launch.from_environ({}).reason_not_to_lock() is None
+    assert Launch(rank=2).reason_not_to_lock() == (
+        "this is rank 2 of a distributed job, and rank 0 takes it"
+    )
+
+
+STEP = {**SLURM, "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+JOBS = [
+    (STEP, "SLURM_JOB_ID=42.3"),
+    ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "exp1"}, "TORCHELASTIC_RUN_ID=exp1"),
+    ({**STEP, **TORCHRUN, "TORCHELASTIC_RUN_ID": "exp1"}, "TORCHELASTIC_RUN_ID=exp1"),
+    # The step is that of the agent: on another node it may be another one.
+    ({**STEP, **TORCHRUN}, "SLURM_JOB_ID=42"),
+    ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "prterun-a-7@1"}, "PMIX_NAMESPACE=prterun-a-7@1"),
+    (
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_MCA_ess_base_jobid": "19136"},
+        "OMPI_MCA_ess_base_jobid=19136",
+    ),
+    ({"OMPI_COMM_WORLD_RANK": "1", "PMIX_NAMESPACE": "p@1"}, "PMIX_NAMESPACE=p@1"),
+    ({"PMI_RANK": "1", "PMI_JOBID": "42.0"}, "PMI_JOBID=42.0"),
+    ({"PALS_RANKID": "1", "PALS_APID": "7-1"}, "PALS_APID=7-1"),
+    ({"FLUX_TASK_RANK": "1", "FLUX_JOB_ID": "f2"}, "FLUX_JOB_ID=f2"),
+    ({"JSM_NAMESPACE_RANK": "1", "LSB_JOBID": "7"}, "LSB_JOBID=7"),
+    ({"PMI_RANK": "1", "LSB_JOBID": "7", "LSB_JOBINDEX": "2"}, "LSB_JOBID=7.2"),
+    ({"RANK": "1", "RAY_JOB_ID": "01"}, "RAY_JOB_ID=01"),
+    # A script has copied the rank of srun for PyTorch, and what else it knows.
+    ({**STEP, "RANK": "0", "WORLD_SIZE": "4"}, "SLURM_JOB_ID=42.3"),
+]
+
+
+@pytest.mark.parametrize(("environ", "job"), JOBS)
+def test_a_job_has_the_id_that_its_launcher_or_its_scheduler_gave_it(
+    environ: dict[str, str], job: str
+) -> None:
+    assert Launch.from_environ(environ).job == f"- {job}"
+
+
+@pytest.mark.parametrize(
+    "environ", [{}, SLURM, {"LOCAL_RANK": "1"}, TORCHRUN, {"RANK": "1", "MASTER_PORT": "29500"}]
+)
+def test_no_job_is_made_up(environ: dict[str, str]) -> None:
+    """Neither from torchrun's default id, which all have, nor from a port: it changes at a restart.
+    A plain run in a batch script is no job of several processes.
+    """
+    assert Launch.from_environ(environ).job is None
+
+
+def test_an_id_that_is_no_line_of_text_names_a_job_too() -> None:
+    jobs = [
+        Launch.from_environ({**TORCHRUN, "TORCHELASTIC_RUN_ID": run_id}).job
+        for run_id in ("\x1b[31m", "\udcff", "x" * 5000, "x" * 5001)
+    ]
+
+    assert all(job and job.isascii() and job.isprintable() and len(job) < 200 for job in jobs)
+    assert len(set(jobs)) == 4
+
+
+def test_srun_is_the_launcher_where_a_script_copied_its_rank() -> None:
+    copied = {**STEP, "SLURM_PROCID": "2", "RANK": "2", "WORLD_SIZE": "4"}
+    nested = {**copied, "WORLD_SIZE": "8"}  # another launcher, one per node, which sets RANK only
+
+    assert Launch.from_environ(copied).launcher == "srun"
+    assert Launch.from_environ(nested).launcher == "unknown"
+
+
+def test_the_count_of_restarts_is_shown_and_makes_no_other_job() -> None:
+    first = Launch.from_environ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "0"}, "b:1:7@0.5")
+    third = Launch.from_environ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}, "b:1:7@0.5")
+
+    assert (first.restart, third.restart) == (0, 2)
+    assert first == third
+    assert is_same_job(first.job, third.job)
+    assert Launch.from_environ({**SLURM, "SLURM_RESTART_COUNT": "1"}).restart == 1
+    assert Launch.from_environ({**SLURM, "SLURM_RESTART_COUNT": "x"}).restart is None
+
+
+def job_of(process: str | None, job_id: str) -> str | None:
+    return Launch.from_environ({**TORCHRUN, "TORCHELASTIC_RUN_ID": job_id}, process).job
+
+
+def test_on_one_host_the_process_of_the_launcher_tells_jobs_apart() -> None:
+    one, other = "boot:4026:7@0.5", "boot:4026:8@0.5"
+
+    assert is_same_job(job_of(one, "exp1"), job_of(one, "exp1"))
+    assert is_same_job(job_of(one, "none"), job_of(one, "none"))
+    # The same command, started twice: both have the id of the command line, or the default.
+    assert not is_same_job(job_of(one, "exp1"), job_of(other, "exp1"))
+    assert not is_same_job(job_of(one, "none"), job_of(other, "none"))
+    # One agent that runs two jobs, and a pid that was used again.
+    assert not is_same_job(job_of(one, "exp1"), job_of(one, "exp2"))
+    assert not is_same_job(job_of(one, "exp1"), job_of("boot:4026:7@0.6", "exp1"))
+
+
+@pytest.mark.parametrize("elsewhere", ["other:4026:7@0.5", "boot:4027:7@0.5", None])
+def test_between_hosts_and_containers_the_id_names_the_job(elsewhere: str | None) -> None:
+    here = "boot:4026:7@0.5"
+
+    assert is_same_job(job_of(here, "exp1"), job_of(elsewhere, "exp1"))
+    assert not is_same_job(job_of(here, "exp1"), job_of(elsewhere, "exp2"))
+    assert not is_same_job(job_of(here, "none"), job_of(elsewhere, "none"))
+    assert not is_same_job(None, None)
+    assert not is_same_job(job_of(here, "exp1"), None)
+
+
 def test_accelerate_without_ranks_is_a_plain_process() -> None:
     """transformers sets the variable in every process that makes a TrainingArguments."""
     assert Launch.from_environ({"ACCELERATE_MIXED_PRECISION": "no"}).may_kill
@@ -317,19 +530,158 @@ def test_nothing_but_the_mapping_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
     assert Launch.from_environ({}) == Launch()
 
 
-def test_the_ranks_of_a_real_torchrun_are_read(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import json, os\n"
-        "with open('rank-' + os.environ['RANK'], 'w') as file:\n"
-        "    json.dump(dict(os.environ), file)\n"
+# A rank that says how it was launched, as JSON in a line, and ends when it is told to.
+RANK = """
+import json, os, sys
+from orchard_infra.launch import this_launch
+
+def tell(**more):
+    launch = this_launch()
+    print(json.dumps({"rank": launch.rank, "launcher": launch.launcher, "job": launch.job,
+                      "leads": launch.is_leader, "restart": launch.restart, **more}), flush=True)
+
+"""
+
+
+def told(script: Script) -> list[dict[str, object]]:
+    assert script.finish() == 0, script.transcript()
+    return [json.loads(line) for line in script.output.splitlines() if line.startswith("{")]
+
+
+def same_job(tellings: list[dict[str, object]]) -> bool:
+    jobs = [telling["job"] for telling in tellings]
+    return all(isinstance(job, str) and is_same_job(job, str(jobs[0])) for job in jobs)
+
+
+def test_the_ranks_of_a_real_torchrun_agree_on_their_job_also_after_an_elastic_restart(
+    tmp_path: Path,
+) -> None:
+    """Two at a time with the default id, and with a script between agent and rank."""
+    require_module("torch")
+    (tmp_path / "rank.py").write_text(
+        RANK + "tell()\nsys.exit(this_launch().restart == 0 and this_launch().rank == 1)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-    subprocess.run([*command, str(script)], cwd=tmp_path, check=True, capture_output=True)
-
-    launches = [
-        Launch.from_environ(json.loads((tmp_path / f"rank-{rank}").read_text())) for rank in (0, 1)
+    (tmp_path / "rank.sh").write_text(f"export LOCAL_RANK=0\n{sys.executable} rank.py; exit $?\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    command = [*torchrun, "--max-restarts=1", "--nproc-per-node=2", "--no-python"]
+    jobs = [
+        run_command(
+            tmp_path,
+            [*command, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "sh", "rank.sh"],
+        )
+        for _ in "ab"
     ]
-    assert launches == [Launch(0, 0, 2, "torchrun"), Launch(1, 1, 2, "torchrun")]
+
+    for tellings in map(told, jobs):
+        assert {(telling["rank"], telling["restart"]) for telling in tellings} >= {
+            (0, 1),
+            (1, 0),
+            (1, 1),
+        }
+        assert {telling["launcher"] for telling in tellings} == {"torchrun"}
+        assert same_job(tellings)
+    assert not is_same_job(*[str(told(job)[0]["job"]) for job in jobs])
+
+
+def test_ranks_of_multiprocessing_agree_on_their_job(tmp_path: Path) -> None:
+    """They set RANK themselves, or have it set, as torch.multiprocessing.spawn's children do."""
+    script = run_python(
+        tmp_path,
+        RANK
+        + """
+def rank(number):
+    os.environ.update(RANK=str(number), WORLD_SIZE="2")
+    tell()
+
+if __name__ == "__main__":
+    import multiprocessing
+    for method in ("fork", "spawn", "forkserver"):
+        context = multiprocessing.get_context(method)
+        ranks = [context.Process(target=rank, args=(number,)) for number in range(2)]
+        [process.start() for process in ranks]
+        [process.join() for process in ranks]
+""",
+    )
+
+    tellings = told(script)
+    assert sorted(telling["rank"] for telling in tellings) == [0, 0, 0, 1, 1, 1]
+    assert same_job(tellings)
+
+
+# lightning/fabric/strategies/launchers/subprocess_script.py, without Lightning
+LIGHTNING = """
+import subprocess
+if "LOCAL_RANK" not in os.environ:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", NODE_RANK="0", LOCAL_RANK="0",
+                      WORLD_SIZE="2")
+    subprocess.run([sys.executable, *sys.argv], env={**os.environ, "LOCAL_RANK": "1"}, check=True)
+tell()
+"""
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        {},
+        {"NODE_RANK": "0"},
+        {"RANK": "0"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_the_process_that_lightning_started_first_is_the_launcher_of_the_others(
+    tmp_path: Path, outer: dict[str, str]
+) -> None:
+    script = run_python(tmp_path, RANK + LIGHTNING, env=outer)
+
+    tellings = told(script)
+    assert [(telling["rank"], telling["leads"]) for telling in tellings] == [(1, False), (0, True)]
+    assert same_job(tellings)
+
+
+def test_a_script_between_launcher_and_rank_changes_nothing(tmp_path: Path) -> None:
+    """mpiexec starts a shell for each rank, which copies the rank for PyTorch and goes on."""
+    (tmp_path / "rank.py").write_text(RANK + "tell()\n")
+    (tmp_path / "rank.sh").write_text(
+        "export RANK=$PMI_RANK WORLD_SIZE=$PMI_SIZE LOCAL_RANK=0\n"
+        "$PYTHON rank.py  # not exec: the shell stays\n"
+    )
+    launch = """
+        import os, subprocess, sys
+        ranks = [
+            subprocess.Popen(["sh", "rank.sh"],
+                             env={**os.environ, "PMI_RANK": str(rank), "PMI_SIZE": "2",
+                                  "PYTHON": sys.executable})
+            for rank in range(2)
+        ]
+        sys.exit(max(rank.wait() for rank in ranks))
+    """
+    launchers = [run_python(tmp_path, launch, name="mpiexec.py") for _ in "ab"]
+
+    one, other = map(told, launchers)
+    assert sorted(telling["rank"] for telling in one) == [0, 1]
+    assert {telling["launcher"] for telling in one} == {"mpiexec"}
+    assert same_job(one)
+    assert same_job(other)
+    assert not same_job([*one, *other])
+
+
+def test_a_launcher_inside_of_a_rank_has_jobs_of_its_own(tmp_path: Path) -> None:
+    """A rank of torchrun that runs torchrun: the inner rank 0 has all of the outer one's marks
+    but one."""
+    (tmp_path / "rank.py").write_text(RANK + "tell()\n")
+    agent = """
+        import os, subprocess, sys
+        for number in range(2):
+            own = f"/tmp/{os.getpid()}/{number}/error.json"
+            command = [sys.executable, *(sys.argv[1:] or ["rank.py"])]
+            subprocess.run(command, check=True,
+                           env={**os.environ, "RANK": str(number), "WORLD_SIZE": "2",
+                                "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_ERROR_FILE": own})
+    """
+    outer = run_python(tmp_path, agent, "agent.py", name="agent.py")
+
+    of_rank_0, of_rank_1 = (lambda all_: (all_[:2], all_[2:]))(told(outer))
+    assert same_job(of_rank_0)
+    assert same_job(of_rank_1)
+    assert not same_job([*of_rank_0, *of_rank_1])
