@@ -1,6 +1,6 @@
 """Signal handlers that interrupt each other, and the moments at which they raise nothing.
 
-What comes of it in real programs is in e2e/test_signals_alone.py.
+What this means for real programs is in e2e/test_signals_alone.py.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def steps() -> None:
         ([logging.Logger.isEnabledFor, steps], True),
         # With the lock in its hands, but within a try that lets go of it.
         ([logging.StreamHandler.emit, logging.Handler.handle, steps], False),
-        # A handler that has put off its own signal, and is just on its way back into this.
+        # A handler that has put off its own signal is about to return into this.
         ([Takeover._handle, logging.Handler.release, steps], True),
         ([Takeover._handle, Takeover._handle, logging.Handler.release, steps], True),
         ([Takeover._handle, steps, logging.Handler.handle], False),

@@ -14,16 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from orchard_infra import RunStopped, SignalStop, Stopper, StopRequest, StopWatch
+from orchard_infra import Environment, RunStopped, SignalStop, StopRequest
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.runs.record import describe_this_run
+from orchard_infra.system import background
+from orchard_infra.system.masking import uninterrupted
 
-LOGGER = logging.getLogger("stopping")
 WATCHED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1)
+RUN = describe_this_run("stopping")
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """No handler, thread, descriptor or blocked signal outlives a watch."""
+    """No handler, task, descriptor or blocked signal outlives an environment."""
     # Tests that are run by nohup or in the background ignore these.
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,10 +41,40 @@ def nothing_is_left() -> Iterator[None]:
 def _state() -> tuple[object, ...]:
     return (
         [signal.getsignal(signum) for signum in WATCHED],
-        [thread.name for thread in threading.enumerate() if "orchard" in thread.name],
+        len(background._background.tasks),
         len(os.listdir("/proc/self/fd")),
         signal.pthread_sigmask(signal.SIG_BLOCK, ()),
     )
+
+
+class Armed:
+    """An environment with a stopper and nothing else, entered and left as a session does it."""
+
+    def __init__(self, stopper: SignalStop) -> None:
+        self.env = Environment(run=RUN, lock_path=Path("none"))
+        self.around = stopper.around(self.env)
+        try:
+            with uninterrupted():
+                self.env._begin()
+                self.around.__enter__()
+        except BaseException:
+            self.leave()
+            raise
+
+    def hold(self) -> None:
+        for step in self.env._before_release:
+            step()
+
+    def leave(self, error: BaseException | None = None) -> BaseException | None:
+        """Returns what the stopper raises."""
+        self.hold()
+        try:
+            self.around.__exit__(error and type(error), error, None)  # type: ignore[arg-type]
+        except BaseException as late:
+            return late
+        finally:
+            self.env._end()
+        return None
 
 
 def signal_when_installed(monkeypatch: pytest.MonkeyPatch, *signums: int) -> None:
@@ -101,110 +134,80 @@ def test_what_makes_no_sense_is_refused_when_it_is_said(options, words):
         SignalStop(**options)
 
 
-def test_a_stopper_of_one_s_own_needs_no_base_class():
-    class Watch:
-        requested = None
-
-        def on_stop(self, callback: Callable[[StopRequest], object]) -> None: ...
-        def request(self, reason: str) -> None: ...
-        def hold(self) -> None: ...
-        def disarm(self) -> BaseException | None:
-            return None
-
-    class Mine:
-        def arm(self, logger: logging.Logger) -> StopWatch:
-            return Watch()
-
-    stopper: Stopper = Mine()
-    assert stopper.arm(LOGGER).disarm() is None
-
-
 def test_a_request_from_a_thread_sets_the_flag_and_raises_nothing():
-    watch = SignalStop().arm(LOGGER)
+    armed = Armed(SignalStop())
     heard: list[StopRequest] = []
-    watch.on_stop(heard.append)
+    armed.env.on_stop(heard.append)
     for reason in ("the lock is lost", "again"):
-        thread = threading.Thread(target=watch.request, args=(reason,))
+        thread = threading.Thread(target=armed.env.request_stop, args=(reason,))
         thread.start()
         thread.join()
-    watch.hold()
-    assert watch.requested is not None
-    assert watch.requested.reason == "the lock is lost"
-    assert watch.requested.signal is None
-    assert abs(watch.requested.at - time.time()) < 60
-    assert heard == [watch.requested]
-    assert watch.disarm() is None
+    armed.hold()
+    request = armed.env.stop_requested
+    assert request is not None
+    assert request.reason == "the lock is lost"
+    assert request.signal is None
+    assert abs(request.at - time.time()) < 60
+    assert heard == [request]
+    assert armed.leave() is None
 
 
-def test_a_watch_that_hears_nothing_says_nothing(caplog):
+def test_a_stopper_that_hears_nothing_says_nothing(caplog):
     caplog.set_level(logging.DEBUG)
-    watch = SignalStop("flag", deadline=1e9).arm(LOGGER)
-    watch.hold()
-    assert watch.disarm() is None
-    assert watch.requested is None
+    armed = Armed(SignalStop("flag", deadline=1e9))
+    assert armed.leave() is None
+    assert armed.env.stop_requested is None
     assert caplog.messages == []
 
 
-def test_the_thread_of_a_watch_takes_no_signal_away_from_the_main_thread():
-    """One that it took would not interrupt a call in which the main thread waits."""
-    watch = SignalStop().arm(LOGGER)
-    thread = next(t for t in threading.enumerate() if "orchard" in t.name)
-    status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
-    blocked = int(status.partition("SigBlk:")[2].split()[0], 16)
-    watch.disarm()
-    assert blocked >> (signal.SIGTERM - 1) & 1
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
-
-
-def test_many_watches_leave_nothing_behind():
+def test_many_environments_leave_nothing_behind():
     for _ in range(50):
-        watch = SignalStop("flag", deadline=float("inf")).arm(LOGGER)
-        watch.disarm()
+        assert Armed(SignalStop("flag", deadline=float("inf"))).leave() is None
 
 
-def test_ending_a_watch_twice_does_no_harm():
-    watch = SignalStop().arm(LOGGER)
-    watch.hold()
-    watch.hold()
-    assert watch.disarm() is None
-    handlers = _state()
-    watch.hold()
-    assert watch.disarm() is None
-    assert _state() == handlers
+def test_to_leave_twice_does_no_harm():
+    armed = Armed(SignalStop())
+    armed.hold()
+    assert armed.leave() is None
+    state = _state()
+    assert armed.leave() is None
+    assert _state() == state
 
 
-def test_two_watches_of_one_stopper_know_nothing_of_each_other():
+def test_two_environments_of_one_stopper_know_nothing_of_each_other():
     stopper = SignalStop("flag")
-    first = stopper.arm(LOGGER)
-    first.request("only the first")
-    first.disarm()
-    second = stopper.arm(LOGGER)
-    assert second.requested is None
-    second.disarm()
+    first = Armed(stopper)
+    first.env.request_stop("only the first")
+    first.leave()
+    second = Armed(stopper)
+    assert second.env.stop_requested is None
+    second.leave()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_the_watch_begins_stops_the_run_and_puts_everything_back(
-    monkeypatch, signum
-):
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_signal_on_the_way_in_stops_the_run_and_puts_everything_back(monkeypatch, signum, masked):
+    """Masked, as a session enters it; and as it is when another thread receives the signal."""
+    if not masked:
+        monkeypatch.setitem(globals(), "uninterrupted", threading.RLock)
     signal_when_installed(monkeypatch, signum, signal.SIGTERM)
     with pytest.raises(RunStopped) as caught:  # noqa: PT012 - in here or soon after
-        watch = SignalStop().arm(LOGGER)
+        armed = Armed(SignalStop())
         try:
             time.sleep(60)
         finally:
-            watch.disarm()
+            armed.leave()
     assert caught.value.signum in (signum, signal.SIGTERM)
 
 
-def test_a_signal_while_the_watch_begins_may_be_a_flag(monkeypatch):
+def test_a_signal_on_the_way_in_may_be_a_flag(monkeypatch):
     signal_when_installed(monkeypatch, signal.SIGTERM)
-    watch = SignalStop("flag").arm(LOGGER)
-    assert watch.requested is not None
-    watch.disarm()
+    armed = Armed(SignalStop("flag"))
+    assert armed.env.stop_requested is not None
+    armed.leave()
 
 
-def test_an_exception_while_the_watch_begins_puts_everything_back(monkeypatch):
+def test_an_exception_on_the_way_in_puts_everything_back(monkeypatch):
     install = signal.signal
 
     def interrupted(signum: int, handler: object) -> object:
@@ -214,14 +217,15 @@ def test_an_exception_while_the_watch_begins_puts_everything_back(monkeypatch):
         return install(signum, handler)  # type: ignore[arg-type]
 
     monkeypatch.setattr(signal, "signal", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        SignalStop().arm(LOGGER)
+    env = Environment(run=RUN, lock_path=Path("none"))
+    with pytest.raises(KeyboardInterrupt), SignalStop().around(env):
+        raise AssertionError("unreachable")
 
 
 @pytest.mark.parametrize("mode", ["raise", "flag"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_watch_ends_is_returned(monkeypatch, mode, signum):
-    watch = SignalStop(mode, signals=(signal.SIGTERM,)).arm(LOGGER)
+def test_a_signal_while_the_handlers_go_back_is_raised(monkeypatch, mode, signum):
+    armed = Armed(SignalStop(mode, signals=(signal.SIGTERM,)))
     install = signal.signal
 
     def patched(number: int, handler: object) -> object:
@@ -231,13 +235,13 @@ def test_a_signal_while_the_watch_ends_is_returned(monkeypatch, mode, signum):
         return install(number, handler)  # type: ignore[arg-type]
 
     monkeypatch.setattr(signal, "signal", patched)
-    late = watch.disarm()
+    late = armed.leave()
     assert isinstance(late, KeyboardInterrupt if signum == signal.SIGINT else RunStopped)
 
 
-def test_a_signal_that_python_forgets_while_the_handler_changes_is_returned(monkeypatch):
+def test_a_signal_that_python_forgets_while_the_handler_changes_is_raised(monkeypatch):
     """Python writes it to the wakeup descriptor and then ignores it, "due to race condition"."""
-    watch = SignalStop(signals=(signal.SIGUSR1,)).arm(LOGGER)
+    armed = Armed(SignalStop(signals=(signal.SIGUSR1,)))
     install = signal.signal
 
     def patched(number: int, handler: object) -> object:
@@ -249,7 +253,7 @@ def test_a_signal_that_python_forgets_while_the_handler_changes_is_returned(monk
         return result
 
     monkeypatch.setattr(signal, "signal", patched)
-    late = watch.disarm()
+    late = armed.leave()
     assert isinstance(late, RunStopped)
     assert late.signum == signal.SIGUSR1
 
@@ -260,7 +264,7 @@ def test_an_event_loop_is_told_of_signals_that_came_meanwhile(monkeypatch):
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
     try:
-        test_a_signal_that_python_forgets_while_the_handler_changes_is_returned(monkeypatch)
+        test_a_signal_that_python_forgets_while_the_handler_changes_is_raised(monkeypatch)
         assert signal.set_wakeup_fd(-1) == write
         assert os.read(read, 100) == bytes([signal.SIGUSR1, signal.SIGCHLD])
     finally:
@@ -269,27 +273,61 @@ def test_an_event_loop_is_told_of_signals_that_came_meanwhile(monkeypatch):
         os.close(write)
 
 
-def test_a_watch_ends_also_where_no_descriptor_is_left():
-    watch = SignalStop().arm(LOGGER)
+def test_the_handlers_go_back_also_where_no_descriptor_is_left():
+    armed = Armed(SignalStop())
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
-        late = watch.disarm()
+        late = armed.leave()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert late is None
 
 
 def test_where_no_thread_can_be_started_signals_are_not_watched(monkeypatch, caplog):
+    background._background.end()  # one that serves an earlier test
     caplog.set_level(logging.DEBUG)
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    watch = SignalStop("flag").arm(LOGGER)
+    armed = Armed(SignalStop("flag"))
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    watch.request("the lock is lost")
-    assert watch.requested is not None
-    assert watch.disarm() is None
-    assert caplog.messages == ["signals are not watched: can't start new thread"]
+    armed.env.request_stop("the lock is lost")
+    assert armed.env.stop_requested is not None
+    assert armed.leave() is None
+    assert "signals are not watched: no thread can be started" in caplog.messages
+    assert "stop requested: the lock is lost" in caplog.messages
+
+
+# A stop is never lost
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "error", [None, ValueError("the trial failed"), SystemExit(3), GeneratorExit()]
+)
+def test_what_comes_during_the_release_is_raised_whatever_the_run_ended_with(signum, error):
+    armed = Armed(SignalStop())
+    armed.hold()
+    os.kill(os.getpid(), signum)
+    late = armed.leave(error)
+    assert isinstance(late, KeyboardInterrupt if signum == signal.SIGINT else RunStopped)
+
+
+@pytest.mark.parametrize("mode", ["raise", "flag"])
+def test_a_run_that_was_stopped_is_not_stopped_again_by_what_came_twice(mode):
+    """A launcher passes on the signal that its children got as well."""
+    armed = Armed(SignalStop(mode))
+    armed.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert armed.leave(RunStopped(signal.SIGTERM)) is None
+
+
+def test_a_ctrl_c_and_a_sigterm_are_two_stops():
+    """Who catches the one, a notebook say, does not catch the other."""
+    armed = Armed(SignalStop())
+    armed.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert isinstance(armed.leave(KeyboardInterrupt()), RunStopped)

@@ -44,7 +44,7 @@ def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 class Armed:
-    \"\"\"An environment with a stopper and nothing else, entered and left as a session does it.\"\"\"
+    # An environment with a stopper and nothing else, entered and left as a session does it.
 
     def __init__(self, *args, **options):
         self.env = Environment(run=record, lock_path=Path("none"), logger=log)
