@@ -39,11 +39,13 @@ class Task:
     """Something to do at ``due``, in seconds of `time.monotonic`; None: not before it is set.
 
     ``run`` is called once for each time that it is due. It may set ``due`` anew. So may anybody
-    else, a signal handler included, who then calls `wake`.
+    else, a signal handler included, who then calls `wake`. One for ``at_exit`` keeps the thread
+    while the exit hooks of other packages run.
     """
 
     run: Callable[[], object]
     due: float | None = None
+    at_exit: bool = False
 
 
 class _Background:
@@ -124,6 +126,8 @@ class _Background:
 
     def end(self) -> None:
         with uninterrupted(), self.lock:
+            if any(task.at_exit for task in self.tasks):
+                return
             thread, self.thread = self.thread, None
             self.mail.put(None)
         if thread is not None and thread.is_alive():
