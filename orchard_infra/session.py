@@ -277,6 +277,13 @@ class Session:
         left = (report.flushed, report.cleaned)
         return bool(self._exits.failures) or any(one is not None and one.failures for one in left)
 
+    def descriptors(self) -> list[int]:
+        """The descriptors that keep the run on record and its lock held. For a child that is to
+        hold them, too: it goes on when this process is killed, and then the lock must not go free.
+        """
+        holders = (self._registration, self.env._lease)
+        return [one.fileno() for one in holders if one is not None and hasattr(one, "fileno")]
+
     # What the steps need.
 
     def _make_environment(self, registry: RunRegistry, joined: RunRecord | None) -> Environment:
