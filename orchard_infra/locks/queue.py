@@ -120,7 +120,8 @@ class _Ticket:
     @classmethod
     def take(cls, directory: str, came: int) -> _Ticket:
         """Ours. Its name sorts by the time at which we came, in nanoseconds."""
-        files.private_directory(files.private_directory(files.runtime_dir()) / _QUEUES)
+        files.private_directory(files.runtime_dir())
+        files.private_directory(files.runtime_dir() / _QUEUES)
         pid, namespace = os.getpid(), processes.pid_namespace()
         while True:
             name = f"{came:020d}.{pid}.{namespace}"
