@@ -101,14 +101,19 @@ def child_signals_deferred() -> Iterator[None]:
     def note(signum: int, frame: FrameType | None) -> None:
         arrived.append(signum)
 
+    def put_back() -> None:
+        if signal.getsignal(chld) is note:  # else somebody has installed another one since
+            signal.signal(chld, theirs)
+
     try:
         with contextlib.suppress(ValueError):  # a subinterpreter: nothing is deferred
             signal.signal(chld, note)
         yield
     finally:
-        with uninterrupted():
-            if signal.getsignal(chld) is note:  # else somebody has installed another one since
-                signal.signal(chld, theirs)
+        try:
+            put_back()
+        finally:
+            put_back()  # again, if a handler raised on the way into the first call
         if arrived:
             theirs(chld, sys._getframe())
 
