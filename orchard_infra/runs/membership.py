@@ -1,7 +1,9 @@
 """Which processes belong to which run: the proof that is needed before anything is stopped.
 
-A process belongs to a run when it leads it, descends from its leader, was started with the
-run's id in its environment, or holds the run's own record file open, as forked children do.
+A process belongs to a run when it leads it, was started with the run's id in its environment,
+holds the run's own record file open, as forked children do, or was written down by the run while
+it was below the program; and so does what is below such a process.
+
 The lock file proves nothing: whoever waits for the lock has it open, too. Nor does an open record
 file alone prove guilt, since whoever reads the registry has it open for a moment: a survivor has
 inherited the very description that the leader locked.
@@ -11,23 +13,41 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias, TypeVar
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import attrs
 
-from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, Survivor
-from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor
+from orchard_infra.runs.registered import RegisteredRun
 from orchard_infra.system import processes
-from orchard_infra.system.processes import ProcessIdentity
+from orchard_infra.system.processes import ProcessIdentity, Row
 
-_Proof = TypeVar("_Proof")
-_Live: TypeAlias = tuple[
-    dict[str, RegisteredRun],  # by id
-    dict[ProcessIdentity, RegisteredRun],  # by leader
-    dict[tuple[int, int], RegisteredRun],  # by record file
-    dict[tuple[int, int], str],  # the names of those files
-]
+_File = tuple[int, int]  # device and inode
+
+
+@attrs.frozen
+class _Evidence:
+    """What tells the members of some runs, to be looked up for one process after the other."""
+
+    ids: dict[str, RegisteredRun]
+    leaders: dict[ProcessIdentity, RegisteredRun]
+    files: dict[_File, RegisteredRun]
+    names: dict[_File, str]  # the inode of a file that is gone may be another's by now
+    written_down: dict[ProcessIdentity, RegisteredRun]
+
+    @classmethod
+    def of(cls, runs: Iterable[RegisteredRun]) -> _Evidence:
+        found = cls({}, {}, {}, {}, {})
+        for run in runs:
+            found.ids.update(dict.fromkeys(run.run_ids, run))
+            found.files.update(dict.fromkeys(run.files, run))
+            found.names.update(run.files)
+            if run.record.is_local:
+                found.written_down.update(dict.fromkeys(run.members.processes, run))
+                if run.is_live or run.record.leader not in found.leaders:
+                    found.leaders[run.record.leader] = run
+        return found
 
 
 @attrs.frozen
@@ -37,57 +57,48 @@ class Membership:
     runs: tuple[RegisteredRun, ...]
 
     def live_run_of(self, pid: int) -> RegisteredRun | None:
-        """The live run that a process belongs to: such a process is never touched.
+        """The run that a process belongs to, if that is live, or has ended and its program lives:
+        such a process is never touched.
 
         Its ancestors are asked as well: a child with a cleaned environment still belongs.
         """
-        live, leaders, files, names = self._live
-        if not live:
+        evidence = self._evidence
+        if not evidence.ids:
             return None
         for member in (pid, *processes.ancestors(pid)):
             identity = processes.identity_of(member)
-            if identity in leaders:
-                return leaders[identity]
-            run_id = processes.started_with(member, RUN_ID_VARIABLE, live)
+            if identity is None:
+                continue
+            if identity in evidence.leaders:
+                return evidence.leaders[identity]
+            run_id = processes.started_with(member, RUN_ID_VARIABLE, evidence.ids)
             if run_id is not None:
-                return live[run_id]
-            file = processes.has_open(member, files.keys(), names=names)
+                return evidence.ids[run_id]
+            if identity in evidence.written_down:
+                return evidence.written_down[identity]
+            file = processes.has_open(member, evidence.files.keys(), names=evidence.names)
             if file is not None:
-                return files[file]
+                return evidence.files[file]
         return None
 
     @functools.cached_property  # asked for once for each suspect, of which a sweep has many
-    def _live(self) -> _Live:
-        live = {run.record.run_id: run for run in self.runs if run.is_live}
-        leaders = {run.record.leader: run for run in live.values() if run.record.is_local}
-        files = {run.file: run for run in live.values()}
-        return live, leaders, files, {file: run.file_name for file, run in files.items()}
+    def _evidence(self) -> _Evidence:
+        return _Evidence.of(run for run in self.runs if not run.is_over)
 
     def survivors(self, dead: Iterable[RegisteredRun]) -> Iterator[tuple[RegisteredRun, Survivor]]:
-        """The live processes of runs whose leader is dead, with what proves it."""
-        by_id = {run.record.run_id: run for run in dead}
-        if not by_id:
-            return
-        # Only a lock that is still held has a holder to look for, and looking is dear.
-        held = {run.file: run for run in by_id.values() if run.state is RunState.SURVIVORS}
-        locked_by = {file: run.record.pid for file, run in held.items()}
-        near = kin()
+        """The live processes of runs whose program is dead, with what proves it and what kind of
+        process it is; helpers of others come last. See `orchard_infra.runs.survivors`.
+        """
+        from orchard_infra.runs.survivors import find_survivors
 
-        def membership(pid: int) -> tuple[RegisteredRun, str] | None:
-            run_id = processes.started_with(pid, RUN_ID_VARIABLE, by_id)
-            if run_id is not None:
-                return by_id[run_id], "started by the run"
-            file = processes.has_inherited(pid, locked_by) if held else None
-            return None if file is None else (held[file], "forked by the run")
-
-        for pid in own_pids():
-            proven = None if pid in near else _proven(pid, membership)
-            if proven is not None and not self.live_run_of(pid):
-                identity, (run, evidence) = proven
-                yield run, Survivor(pid, identity.create_time, command_of(pid), evidence)
+        return find_survivors(dead, self.live_run_of)
 
 
-def has_led_a_run(pid: int, registry: RunRegistry) -> bool:
+class _Registry(Protocol):
+    def directory_file(self) -> _File | None: ...
+
+
+def has_led_a_run(pid: int, registry: _Registry) -> bool:
     """Whether a process, or one above it, led a run that was released, and goes on since.
 
     It keeps the registry's directory open. That it looks like another run is no reason to take it
@@ -100,10 +111,11 @@ def has_led_a_run(pid: int, registry: RunRegistry) -> bool:
     return any(processes.has_open(process, files) for process in (pid, *processes.ancestors(pid)))
 
 
-def kin() -> set[int]:
+def kin(table: Mapping[int, Row] | None = None) -> set[int]:
     """This process, its ancestors, its descendants, and those of the process it was forked from.
 
-    The workers of one pool show the same command line, and are no twins of each other.
+    The workers of one pool show the same command line, and are no twins of each other. ``table``
+    is that of `processes.table`, if there is one already.
     """
     me = os.getpid()
     cmdline = processes.read_cmdline(me)
@@ -113,7 +125,8 @@ def kin() -> set[int]:
         if processes.read_cmdline(pid) != cmdline:
             break
         root = pid
-    return {me, *above, *processes.descendants([root])}
+    parents = processes.parents() if table is None else table
+    return {me, *above, *processes.below([root], parents)}
 
 
 def own_pids() -> Iterator[int]:
@@ -143,6 +156,28 @@ def command_of(pid: int) -> str:
     return f"[{stat.name}]" if stat else "(gone)"
 
 
+def children_left(
+    run: RegisteredRun | RunRecord, known: Container[int] = ()
+) -> list[ProcessIdentity]:
+    """The live processes that a live run has started: below its leader, or orphans by now.
+
+    Those that the leader had when it registered do not count. ``known`` are pids that need not be
+    looked at because they were there before, for a cheap look at a large machine. A process may
+    be missed while another one exits: this is for a report, and not for a decision to stop one.
+    """
+    record = run if isinstance(run, RunRecord) else run.record
+    before: Collection[ProcessIdentity] = ()
+    if not isinstance(run, RunRecord):
+        before = run.members.before
+    below = processes.tree(record.pid)
+    found = [identity for identity in below.values() if identity not in before]
+    others = (
+        pid for pid in own_pids() if pid not in known and pid not in below and pid != record.pid
+    )
+    file = None if isinstance(run, RunRecord) else run
+    return sorted({*found, *orphans_of(file, record.run_id, others)})
+
+
 def orphans_of(
     run: RegisteredRun | None, run_id: str, pids: Iterable[int] | None = None
 ) -> Iterator[ProcessIdentity]:
@@ -156,34 +191,16 @@ def orphans_of(
     """
     own = processes.raw_environ(os.getpid())
     files = {run.file: run.record.pid} if run else {}
-    marker = f"{RUN_ID_VARIABLE}={run_id}".encode()
-
-    def belongs(pid: int) -> bool | None:
+    for pid in own_pids() if pids is None else pids:
+        identity = processes.identity_of(pid)
+        if identity is None:
+            continue
         environ = processes.raw_environ(pid)
         if environ is None:
-            return None
-        if marker in environ and marker in environ.split(b"\0"):
-            return True
-        forked = environ == own or not environ.strip(b"\0")
-        return True if forked and files and processes.has_inherited(pid, files) else None
-
-    for pid in own_pids() if pids is None else pids:
-        proven = _proven(pid, belongs)
-        if proven is not None:
-            yield proven[0]
-
-
-def _proven(
-    pid: int, prove: Callable[[int], _Proof | None]
-) -> tuple[ProcessIdentity, _Proof] | None:
-    """What is proven of a live process, and which process that is.
-
-    The pid may be another's by the time the identity is read. So the proof has to hold twice.
-    """
-    proof = prove(pid)
-    if proof is None:
-        return None
-    identity = processes.identity_of(pid)
-    if identity is None or prove(pid) != proof or not processes.is_alive(identity):
-        return None
-    return identity, proof
+            continue
+        belongs = processes.value_in(environ, RUN_ID_VARIABLE) == run_id
+        if not belongs and files and (environ == own or not environ.strip(b"\0")):
+            belongs = processes.has_inherited(pid, files) is not None
+        # The pid is still that of the process whose identity was read before, and so is the proof.
+        if belongs and processes.is_alive(identity):
+            yield identity

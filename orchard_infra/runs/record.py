@@ -5,16 +5,18 @@ from __future__ import annotations
 import enum
 import functools
 import json
+import operator
 import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.runs.environ import own_environment_digest
 from orchard_infra.system import files, processes
 from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import duration, printable
@@ -27,14 +29,66 @@ RECORD_LIMIT = 65536  # bytes: what is larger is not a record
 
 RECORD_START = b'{"orchard_infra": 1,'  # every record begins so, also a torn one
 
+_TEXT_LIMIT = 8192  # characters of one value
+
 
 class RunState(str, enum.Enum):
-    """What the kernel says of a run."""
+    """What the kernel says of a run.
+
+    A run that has ENDED was released, its program goes on, and so do processes that it started.
+    ABANDONED is only ever written: the release failed. Such a run is shown as ENDED while its
+    program lives, and after that as one that crashed.
+    """
 
     RUNNING = "running"
     WAITING = "waiting"
+    ENDED = "ended"
+    ABANDONED = "abandoned"
     SURVIVORS = "survivors"
     DEAD = "dead"
+
+
+def _check(rule: str, is_valid: Callable[[Any], bool]) -> Callable[..., None]:
+    """A validator, also for what was read from a file that anybody may have written."""
+
+    def validate(record: object, field: attrs.Attribute[Any], value: object) -> None:
+        if not is_valid(value):
+            raise ValueError(f"{field.name} must be {rule}, not {value!r:.80}")
+
+    return validate
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _TEXT_LIMIT
+
+
+def is_run_id(value: object) -> bool:
+    """Whether this may be the id of a run, and so a part of a file's name."""
+    return isinstance(value, str) and len(value) <= 64 and value.isalnum() and value.isascii()
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e12  # type: ignore[operator]
+
+
+_text = _check(f"a text of at most {_TEXT_LIMIT} characters", _is_text)
+_words = _check(
+    "a sequence of texts", lambda value: type(value) is tuple and all(map(_is_text, value))
+)
+_run_id = _check("1 to 64 letters and digits", is_run_id)
+_pid = _check("a pid", lambda value: type(value) is int and 0 < value < 2**31)
+_whole = _check("a whole number >= 0", _is_whole)
+_seconds = _check("a number of seconds >= 0", _is_number)
+_text_or_none = _check("a text or None", lambda value: value is None or _is_text(value))
+_whole_or_none = _check("a whole number or None", lambda value: value is None or _is_whole(value))
+
+
+def _to_words(value: object) -> object:
+    return tuple(value) if type(value) is list else value
 
 
 @attrs.frozen
@@ -42,24 +96,30 @@ class RunRecord:
     """Who a run is. ``create_time`` is that of `ProcessIdentity`; ``started_at`` is in epoch
     seconds; ``lock`` and ``tmp_dir`` are paths, where there are any; ``parent`` is the id of the
     run inside which this one was started.
+
+    ``session`` is the session of the leader, see setsid(2). ``environment`` is a keyed digest of
+    the environment that the leader was started with; it is in the registry only, which nobody
+    else can read. ``host`` is for display: a host name may change while a run goes on.
     """
 
-    run_id: str
-    project: str
-    pid: int
-    create_time: float
-    host: str
-    boot_id: str
-    pid_namespace: int
-    user: str
-    uid: int
-    argv: tuple[str, ...]
-    cwd: str
-    started_at: float
-    lock: str | None = None
-    tmp_dir: str | None = None
-    rank: int | None = None
-    parent: str | None = None
+    run_id: str = attrs.field(validator=_run_id)
+    project: str = attrs.field(validator=_text)
+    pid: int = attrs.field(validator=_pid)
+    create_time: float = attrs.field(validator=_seconds)
+    host: str = attrs.field(validator=_text)
+    boot_id: str = attrs.field(validator=_text)
+    pid_namespace: int = attrs.field(validator=_whole)
+    user: str = attrs.field(validator=_text)
+    uid: int = attrs.field(validator=_whole)
+    argv: tuple[str, ...] = attrs.field(converter=_to_words, validator=_words)
+    cwd: str = attrs.field(validator=_text)
+    started_at: float = attrs.field(validator=_seconds)
+    lock: str | None = attrs.field(default=None, validator=_text_or_none)
+    tmp_dir: str | None = attrs.field(default=None, validator=_text_or_none)
+    rank: int | None = attrs.field(default=None, validator=_whole_or_none)
+    parent: str | None = attrs.field(default=None, validator=_text_or_none)
+    session: int | None = attrs.field(default=None, validator=_whole_or_none)
+    environment: str | None = attrs.field(default=None, validator=_text_or_none, repr=False)
 
     @property
     def leader(self) -> ProcessIdentity:
@@ -68,11 +128,16 @@ class RunRecord:
 
     @property
     def is_local(self) -> bool:
-        """Whether the pid means anything here: same host, same boot, same pid namespace."""
+        """Whether the pid means anything here: same boot, same pid namespace.
+
+        DHCP and VPNs change a host name while a run goes on. It only counts where the kernel has
+        no name for its boot.
+        """
+        boot_id = processes.boot_id()
         return (
-            self.boot_id == processes.boot_id()
+            self.boot_id == boot_id
             and processes.is_own_pid_namespace(self.pid_namespace)
-            and self.host == socket.gethostname()
+            and (boot_id != "" or self.host == socket.gethostname())
         )
 
     def describe(self, now: float | None = None) -> str:
@@ -87,19 +152,29 @@ class RunRecord:
 
 @attrs.frozen
 class Survivor:
-    """A live process that belongs to a run whose leader is dead, and what proves it."""
+    """A live process that belongs to a run whose leader is dead, and what proves it.
+
+    ``kind`` is "worker" for a fork or a multiprocessing worker of the dead program, "program" for
+    another program that a crashed run started in its session, and "detached" for one that started
+    a session of its own, or whose run was released: that one may well be meant to go on.
+    ``is_helper`` says that it only serves others (a resource tracker, a forkserver): it ends by
+    itself when they have, and complains if it is stopped before.
+    """
 
     pid: int
     create_time: float
     command: str
     evidence: str
+    kind: Literal["worker", "program", "detached"] = "worker"
+    is_helper: bool = False
 
     @property
     def identity(self) -> ProcessIdentity:
         return ProcessIdentity(self.pid, self.create_time)
 
     def describe(self) -> str:
-        return printable(f"pid {self.pid} ({self.evidence}): {self.command}")
+        detached = ", detached" if self.kind == "detached" else ""
+        return printable(f"pid {self.pid} ({self.evidence}{detached}): {self.command}")
 
 
 def describe_this_run(
@@ -108,48 +183,79 @@ def describe_this_run(
     lock: str | None = None,
     rank: int | None = None,
     environ: Mapping[str, str] = os.environ,
+    argv: Sequence[str] | None = None,
 ) -> RunRecord:
-    """The record of a run that this process is about to begin."""
-    pid = os.getpid()
-    identity = processes.identity_of(pid)
+    """The record of a run that this process is about to begin. ``argv`` is what the run executes,
+    where that is a command and not this very process.
+
+    Raises:
+        InfrastructureError: This process cannot be identified, or nobody could read the record.
+    """
+    identity = processes.own_identity()
     if identity is None:
-        raise InfrastructureError(f"cannot identify this process: /proc/{pid}/stat is not readable")
+        stat = f"/proc/{os.getpid()}/stat"
+        raise InfrastructureError(f"cannot identify this process: {stat} is not readable")
     uid = os.geteuid() if hasattr(os, "geteuid") else 0
+    run_id = os.urandom(8).hex()
     parent = environ.get(RUN_ID_VARIABLE)
-    return RunRecord(
-        run_id=os.urandom(8).hex(),
-        project=project,
-        pid=pid,
-        create_time=identity.create_time,
-        host=socket.gethostname(),
-        boot_id=processes.boot_id(),
-        pid_namespace=processes.pid_namespace(),
-        user=files.owner_name(uid).partition(" (")[0],
-        uid=uid,
-        argv=_clip(sys.orig_argv),
-        cwd=_cut(_working_directory()),
-        started_at=time.time(),
-        lock=lock,
-        rank=rank,
-        parent=parent if _is_id(parent) else None,
-    )
+    try:
+        return RunRecord(
+            run_id=run_id,
+            project=project,
+            pid=identity.pid,
+            create_time=identity.create_time,
+            host=socket.gethostname(),
+            boot_id=processes.boot_id(),
+            pid_namespace=processes.own_pid_namespace(),
+            user=files.owner_name(uid).partition(" (")[0],
+            uid=uid,
+            argv=clip(sys.orig_argv if argv is None else argv),
+            cwd=cut(_working_directory()),
+            started_at=time.time(),
+            lock=lock,
+            rank=rank,
+            parent=parent if is_run_id(parent) else None,
+            session=os.getsid(0) if hasattr(os, "getsid") else None,
+            environment=own_environment_digest(run_id),
+        )
+    except ValueError as error:
+        raise InfrastructureError(f"the run cannot be recorded: {error}") from error
 
 
-def to_json(record: RunRecord, state: RunState | None = None) -> bytes:
-    """A record as one line of JSON."""
-    line = _to_json(record)
+_NAMES = tuple(field.name for field in attrs.fields(RunRecord))
+_NAMES_FOR_ALL = tuple(name for name in _NAMES if name != "environment")
+_values_for_all = operator.attrgetter(*_NAMES_FOR_ALL)
+
+
+def to_json(
+    record: RunRecord, state: RunState | None = None, *, with_environment: bool = False
+) -> bytes:
+    """A record as one line of JSON, for a file that others may read.
+
+    ``with_environment`` is for a file that only its owner can read: a digest of few and short
+    values can be guessed.
+
+    Raises:
+        ValueError: It is longer than a record may be.
+    """
+    line = _to_json(record)[:-1]
+    if with_environment and record.environment is not None:
+        line += f', "environment": {json.dumps(record.environment)}'
     if state is not None:
-        line = f'{line[:-1]}, "state": "{state.value}"}}'
-    return line.encode() + b"\n"
+        line += f', "state": "{state.value}"'
+    if len(line) >= RECORD_LIMIT - 64:  # it is ASCII; the longest state must fit as well
+        raise ValueError(f"the record is longer than {RECORD_LIMIT} bytes")
+    return line.encode() + b"}\n"
 
 
 @functools.lru_cache(maxsize=8)  # written three times in every run: twice here, once in the lock
 def _to_json(record: RunRecord) -> str:
-    return json.dumps({"orchard_infra": 1, **attrs.asdict(record, recurse=False)})
+    values = zip(_NAMES_FOR_ALL, _values_for_all(record), strict=True)
+    return json.dumps({"orchard_infra": 1, **dict(values)})
 
 
 def from_json(data: bytes) -> tuple[RunRecord, RunState | None]:
-    """Read what `to_json` wrote.
+    """Read what `to_json` wrote. Fields that a newer version may have added are passed over.
 
     Raises:
         ValueError: It is anything else: torn, binary, huge, deeply nested, of wrong types.
@@ -161,15 +267,12 @@ def from_json(data: bytes) -> tuple[RunRecord, RunState | None]:
     try:
         fields = json.loads(data.partition(b"\n")[0])
         state = fields.get("state")
-        values: dict[str, Any] = {}
-        for field in attrs.fields(RunRecord):
-            value = fields.get(field.name, field.default)
-            if not _TYPES[field.name](value):
-                raise ValueError(f"{field.name} is {value!r:.80}")
-            values[field.name] = tuple(value) if field.name == "argv" else value
+        values = {name: fields[name] for name in _NAMES if name in fields}
         return RunRecord(**values), None if state is None else RunState(state)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except TypeError as error:  # a field is missing
+        raise ValueError(str(error)) from None
 
 
 def read_record(fd: int) -> tuple[RunRecord, RunState | None] | None:
@@ -180,39 +283,46 @@ def read_record(fd: int) -> tuple[RunRecord, RunState | None] | None:
         return None
 
 
-def leader_is_dead(record: RunRecord) -> bool:
+def leader_is_dead(record: RunRecord, *, lock_is_free: bool = False) -> bool:
     """Whether the process that led this run is *proven* dead.
 
-    From another boot of this very host, or gone from our own pid namespace. A record of another
-    host, or of another container, proves nothing here.
+    It is when it is gone from our own pid namespace. A record of another boot may be that of
+    another host, which shares this file system: only with ``lock_is_free``, the kernel's lock on
+    the record's file being free, does it prove anything. One of another container never does.
     """
-    if record.host != socket.gethostname():
-        return False
-    if record.boot_id != processes.boot_id():
-        return bool(record.boot_id)
-    return record.is_local and not processes.is_alive(record.leader)
+    boot_id = processes.boot_id()
+    if record.boot_id != boot_id:
+        return lock_is_free and record.boot_id != "" and boot_id != ""
+    return record.is_local and processes.is_gone(record.leader)
 
 
-def _leader_lives(record: RunRecord) -> bool:
+def leader_lives(record: RunRecord) -> bool:
+    """Whether the process that led this run is known to live."""
     return record.is_local and processes.is_alive(record.leader)
 
 
-def _clip(words: Iterable[str], limit: int = 4096) -> tuple[str, ...]:
+def clip(words: Iterable[str], limit: int = 4096) -> tuple[str, ...]:
     """As many words as fit into ``limit`` bytes of JSON, and a part of the next."""
-    words = tuple(words)
+    return _clipped(tuple(words), limit)
+
+
+@functools.lru_cache(maxsize=8)
+def _clipped(words: tuple[str, ...], limit: int) -> tuple[str, ...]:
     if len(json.dumps(words)) <= limit:  # mostly: a fraction of the time
         return words
     kept: list[str] = []
     for word in words:
-        kept.append(_cut(word, limit))
+        kept.append(cut(word, limit))
         limit -= len(json.dumps(kept[-1])) + 2
         if limit <= 0 or kept[-1] != word:
             break
     return tuple(kept)
 
 
-def _cut(text: str, limit: int = 4096) -> str:
+def cut(text: str, limit: int = 4096) -> str:
     """As much of a text as fits into ``limit`` bytes of JSON, escapes and all."""
+    if len(text) * 12 <= limit:  # the longest escape is that of a surrogate pair
+        return text
     text = text[:limit]
     while len(json.dumps(text)) > limit + 2:
         text = text[: len(text) * 2 // 3]
@@ -224,47 +334,3 @@ def _working_directory() -> str:
         return os.getcwd()
     except OSError:
         return ""
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 8192
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= 64 and value.isalnum() and value.isascii()
-
-
-def _is_whole(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e12  # type: ignore[operator]
-
-
-def _is_words(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(_is_text(word) for word in value)
-
-
-def _optional(check: Any) -> Any:
-    return lambda value: value is None or check(value)
-
-
-_TYPES: dict[str, Any] = {
-    "run_id": _is_id,
-    "project": _is_text,
-    "pid": lambda value: _is_whole(value) and 0 < value < 2**31,
-    "create_time": _is_number,
-    "host": _is_text,
-    "boot_id": _is_text,
-    "pid_namespace": _is_whole,
-    "user": _is_text,
-    "uid": _is_whole,
-    "argv": _is_words,
-    "cwd": _is_text,
-    "started_at": _is_number,
-    "lock": _optional(_is_text),
-    "tmp_dir": _optional(_is_text),
-    "rank": _optional(_is_whole),
-    "parent": _optional(_is_text),
-}

@@ -1,72 +1,78 @@
-"""Runs: the record that says who a run is, and the registry that tells live runs from dead ones.
+"""The registry: which runs there are, and the kernel's word for whether they live.
 
 Every run, a waiting one too, has a record file in the registry's directory, which it holds open
 and locked for as long as it lives. The kernel drops that lock when the last process with the
 open file description has gone, so:
 
-* lock free: the run is *dead*, whatever else is said;
-* lock held, leader alive: *running* or *waiting*;
+* lock free: the run is *dead*, unless its program has closed every descriptor;
+* lock held, leader alive: *running*, *waiting*, or *ended*;
 * lock held, leader dead: forked children of the run still live; there are *survivors*.
 
 Children started by exec do not inherit the descriptor. They carry the run's id in their
-environment instead (`RUN_ID_VARIABLE`); setting that to the empty string opts a daemon out.
+environment instead (`RUN_ID_VARIABLE`); setting that to the empty string opts a daemon out. Who
+was below the program is written down besides, see `orchard_infra.runs.members`.
+
+The end of a run is not the end of its program. A run of which children live on stays on record as
+*ended*, so that nobody takes them for leftovers before the program has exited. All such runs of
+one program share the record of the first: a sweep of a thousand trials with one pool must not
+hold a thousand descriptors.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
 import sys
+import threading
 import time
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 import attrs
 
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.runs import members
+from orchard_infra.runs.members import FoldedRun, MembersFile, read_members
 from orchard_infra.runs.record import (
     RunRecord,
     RunState,
-    _is_id,
-    _leader_lives,
-    from_json,
+    is_run_id,
     leader_is_dead,
+    leader_lives,
     read_record,
     to_json,
 )
-from orchard_infra.system import files
+from orchard_infra.runs.registered import SUFFIX
+from orchard_infra.runs.registered import RegisteredRun as RegisteredRun
+from orchard_infra.system import files, processes
 from orchard_infra.system.flock import lock_descriptor, unlock_descriptor
-
-_SUFFIX = ".run"
-
-
-@attrs.frozen
-class RegisteredRun:
-    """A run as the registry has it: who, and in which state."""
-
-    record: RunRecord
-    state: RunState
-    file: tuple[int, int] = attrs.field(default=(0, 0), repr=False)  # device and inode
-
-    @property
-    def file_name(self) -> str:
-        """What the record's file is called in the registry's directory."""
-        return f"{self.record.run_id}{_SUFFIX}"
-
-    @property
-    def is_live(self) -> bool:
-        """Running or waiting: sacred, with everything that belongs to it."""
-        return self.state in (RunState.RUNNING, RunState.WAITING)
+from orchard_infra.system.processes import ProcessIdentity
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Registration:
-    """The place of a live run in the registry; this process holds it until `close`."""
+    """The place of a run in the registry. This process holds it until it is left by `end`,
+    `abandon` or `close`. In a forked child these close the descriptor, and do nothing else: the
+    files are the parent's.
+    """
 
     record: RunRecord
-    path: Path
+    _path: str
     _fd: int
     _file: tuple[int, int]  # device and inode
+    _members: MembersFile = attrs.field(init=False)
+    # Reentrant: a finalizer may leave another environment while this thread is in here.
+    _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._members = MembersFile(_members_path(self._path))
+
+    @property
+    def path(self) -> Path:
+        """The record's file."""
+        return Path(self._path)
 
     def update(self, record: RunRecord, state: RunState) -> None:
         """Say something new of the run. One short write: a reader sees the old or the new.
@@ -77,40 +83,205 @@ class Registration:
         files.write_whole(self._descriptor(), _encode(record, state))
         self.record = record
 
+    def note_members(self, also: Iterable[ProcessIdentity] = ()) -> None:
+        """Write down who is below this process, and ``also`` these, as far as they are not yet.
+
+        Cheap, and one system call where there are no children. It may miss a process while
+        another one exits; who is below one that was written down is found all the same.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        self._note(also)
+
+    def _note(self, also: Iterable[ProcessIdentity] = (), *, before: bool = False) -> None:
+        if not self._is_mine():
+            return
+        found = list(also)
+        if processes.has_children():
+            found += processes.tree(self.record.pid).values()
+        if found:
+            with self._lock:
+                if self._fd >= 0:  # else the run was left meanwhile, in another thread
+                    self._members.add(found, before=before)
+
+    def children_left(self, known: Container[int] = ()) -> list[ProcessIdentity]:
+        """The live processes that were started since this run was registered, below this process
+        or orphaned. They are written down as well. See `membership.children_left`.
+        """
+        from orchard_infra.runs.membership import children_left
+
+        here = RegisteredRun(
+            self.record, RunState.RUNNING, self._file, members=self._members.as_read()
+        )
+        found = children_left(here, known)
+        self.note_members(found)
+        return found
+
     def touch(self) -> None:
         """Keep cleaners of old files away."""
         os.utime(self._descriptor())
+        self._members.touch()
+        first = _program.first_run(os.path.dirname(self._path))
+        if first is not None and first is not self:
+            first.touch()
 
     def fileno(self) -> int:
         """The descriptor that is locked, for a child that is to keep the run on record."""
         return self._descriptor()
 
+    def end(self, left: Iterable[ProcessIdentity] = ()) -> None:
+        """Leave the registry: the run ended well, and its program goes on.
+
+        While processes live that were started in the run, or ``left`` by it, it stays on record
+        as ended, on the record of the first such run of this program.
+        """
+        if not self._is_mine() or not self._is_open():
+            self.close()
+            return
+        with _program.lock:
+            try:
+                self.note_members(left)
+            except OSError:  # no descriptor or space left: the evidence has to stay as it is
+                self._stay(RunState.ENDED)
+                return
+            directory = os.path.dirname(self._path)
+            first = _program.first_run(directory)
+            known = first._members.identities if first is not None else ()
+            news = [member for member in self._members.alive() if member not in known]
+            if first is None and (news or processes.has_live_child()):
+                self._keep_as(RunState.ENDED)
+                _program.first_runs[directory] = self
+            elif first is not None and news:
+                self._fold_into(first, news)
+            else:
+                self._leave_unless_forked()
+
+    def abandon(self) -> None:
+        """Leave the registry, and the record there: the release failed. Once this process has
+        ended, the run is one that crashed, and the next one cleans up after it.
+        """
+        if not self._is_mine() or not self._is_open():
+            self.close_descriptor()
+            return
+        with contextlib.suppress(OSError):
+            self.note_members()
+        self._stay(RunState.ABANDONED)
+
     def close(self) -> None:
-        """Leave the registry. In a forked child only the descriptor goes, not the record."""
+        """Leave the registry, and nothing there."""
         if self._fd < 0:
             return
+        if not self._is_mine():
+            self.close_descriptor()
+            return
+        with self._lock:
+            try:
+                if _identity(os.lstat(self._path)) == self._file:
+                    # Before the record goes, so that there is no moment between.
+                    _stay_known(os.path.dirname(self._path), self.record.pid)
+                    os.unlink(self._path)
+            except FileNotFoundError:
+                pass
+            finally:
+                self.close_descriptor()
+                self._members.remove()
+
+    def close_descriptor(self) -> None:
+        """Let go of the record, and leave it where it is."""
+        if self._is_open():
+            os.close(self._fd)
+        self._fd = -1
+
+    def _fold_into(self, first: Registration, news: Sequence[ProcessIdentity]) -> None:
         try:
-            if os.getpid() == self.record.pid and _identity(os.lstat(self.path)) == self._file:
-                _stay_known(self.path.parent)  # before the record goes: there is no moment between
-                self.path.unlink()
-        except FileNotFoundError:
-            pass
-        finally:
-            if self._is_open():
-                os.close(self._fd)
-            self._fd = -1
+            with first._lock:
+                first._members.add(news)
+                first._members.fold(FoldedRun(self.record.run_id, self._file, self.record.lock))
+        except OSError:
+            self._stay(RunState.ENDED)
+        else:
+            self.close()
+
+    def _leave_unless_forked(self) -> None:
+        """Leave, unless a forked process holds the record that is not below this one any more.
+
+        The kernel tells: if the lock can be taken once our own descriptor is closed, there is
+        none. Else it would be taken for the twin of a later run.
+        """
+        try:
+            fd = files.open_existing(self._path, os.O_RDWR)
+        except (OSError, InfrastructureError):
+            self.close()
+            return
+        os.close(self._fd)
+        self._fd = fd
+        if not self._is_open() or _lock_past_readers(fd, self._path, tries=20):
+            self.close()
+        else:
+            self._stay(RunState.ENDED)
+
+    def _keep_as(self, state: RunState) -> None:
+        _stay_known(os.path.dirname(self._path), self.record.pid)
+        # A directory that is kept after an error is not what a dead run left.
+        kept = (
+            self.record if state is RunState.ABANDONED else attrs.evolve(self.record, tmp_dir=None)
+        )
+        with contextlib.suppress(OSError):  # no space: it then stays what it was
+            self.update(kept, state)
+
+    def _stay(self, state: RunState) -> None:
+        self._keep_as(state)
+        with self._lock:
+            self.close_descriptor()
+
+    def _is_mine(self) -> bool:
+        return os.getpid() == self.record.pid
 
     def _descriptor(self) -> int:
         if not self._is_open():
-            raise InfrastructureError(f"the descriptor of the run's record {self.path} was closed")
+            raise InfrastructureError(f"the descriptor of the run's record {self._path} was closed")
         return self._fd
 
     def _is_open(self) -> bool:
-        """A program may close every descriptor; then the number is soon some other file's."""
-        try:
-            return _identity(os.fstat(self._fd)) == self._file
-        except OSError:
-            return False
+        return self._fd >= 0 and files.still_open(self._fd, self._file)
+
+
+class _Program:
+    """What this process keeps on record for its ended runs: the first one, by directory."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.first_runs: dict[str, Registration] = {}
+
+    def first_run(self, directory: str) -> Registration | None:
+        first = self.first_runs.get(directory)
+        if first is None or (first._is_open() and files.same_file(first._fd, first._path)):
+            return first
+        del self.first_runs[directory]  # the program has closed every descriptor, or somebody
+        return None  # has removed the record
+
+    def leave(self) -> None:
+        """At the exit of the interpreter: nobody needs a record of a program without children."""
+        for first in tuple(self.first_runs.values()):
+            if not first._members.alive() and not processes.has_live_child():
+                with contextlib.suppress(OSError):
+                    first._leave_unless_forked()
+
+
+_program = _Program()
+# Registered at import: exit hooks run last in, first out, so workers have been joined by then.
+atexit.register(lambda: _program.leave())
+
+
+def _start_anew() -> None:
+    """In a forked child. The record is its parent's; that it is open tells whose fork this is."""
+    global _program
+    _program = _Program()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def _default_directory() -> Path:
@@ -134,48 +305,66 @@ class RunRegistry:
             InfrastructureError: The directory cannot be used, or the record not be read back.
         """
         data = _encode(record, RunState.WAITING)
-        files.private_directory(self.directory.parent)
-        files.private_directory(self.directory)
-        path = self.directory / f"{record.run_id}{_SUFFIX}"
+        directory = os.fspath(self.directory)
+        files.private_directory(os.path.dirname(directory))
+        files.private_directory(directory)
+        path = f"{directory}/{record.run_id}{SUFFIX}"
         while True:
-            unnamed = self.directory / f".{record.run_id}.{os.urandom(4).hex()}"
+            unnamed = f"{directory}/.{record.run_id}.{os.urandom(4).hex()}"
             try:
                 fd = files.create_exclusive(unnamed, 0o600)
             except OSError as error:
                 raise InfrastructureError(
-                    f"cannot write to {self.directory}: {error.strerror}. "
+                    f"cannot write to {directory}: {error.strerror}. "
                     f"Set {files.RUNTIME_DIR_VARIABLE} to a directory that can be written to"
                 ) from error
             try:
                 if not lock_descriptor(fd):
                     raise FileNotFoundError  # soon: somebody has locked it, to collect it
                 files.write_whole(fd, data)
-                unnamed.rename(path)
+                os.rename(unnamed, path)
+                registration = Registration(record, path, fd, _identity(os.fstat(fd)))
+                registration._note(before=True)
+                return registration
             except FileNotFoundError:
                 os.close(fd)  # collected before it was locked: once more
             except OSError as error:
                 os.close(fd)
-                unnamed.unlink(missing_ok=True)
+                _unlink(unnamed, path, _members_path(path))
                 raise InfrastructureError(
                     f"cannot write the run's record to {path}: {error.strerror}"
                 ) from error
             except BaseException:
                 os.close(fd)
-                unnamed.unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+                _unlink(unnamed, path, _members_path(path))
                 raise
-            else:
-                return Registration(record, path, fd, _identity(os.fstat(fd)))
 
     def runs(self, *, without: str | None = None) -> tuple[RegisteredRun, ...]:
         """Every run on record, the oldest first; one can be left out by its id."""
-        own = f"{without}{_SUFFIX}"
-        paths = (path for path in self._paths() if path.name.endswith(_SUFFIX))
-        found = (self._look(path) for path in paths if path.name != own)
+        own = f"{without}{SUFFIX}"
+        directory = self.directory_file()
+        found = (
+            self._look(name, directory)
+            for name in self._names()
+            if name.endswith(SUFFIX) and name != own
+        )
         return tuple(sorted(filter(None, found), key=lambda run: run.record.started_at))
 
+    def dead_runs(self, *, without: str | None = None) -> tuple[RegisteredRun, ...]:
+        """Runs that are over, and of which no process lives: what they left may be removed."""
+        runs = self.runs(without=without)
+        dead = [run for run in runs if run.state is RunState.DEAD]
+        if not dead:
+            return ()
+        from orchard_infra.runs.membership import Membership
+
+        outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}
+        return tuple(run for run in dead if run.record.run_id not in outlived)
+
     def directory_file(self) -> tuple[int, int] | None:
-        """Device and inode of the directory. Who has it open has led a run, and left it well."""
+        """Device and inode of the directory. A program that has it open led a run that ended well,
+        or was forked by one that did; see `membership.has_led_a_run`.
+        """
         try:
             return _identity(os.stat(self.directory))
         except OSError:
@@ -183,9 +372,9 @@ class RunRegistry:
 
     def find(self, run_id: str) -> RegisteredRun | None:
         """The run with this id."""
-        if not _is_id(run_id):
+        if not is_run_id(run_id):
             return None
-        return self._look(self.directory / f"{run_id}{_SUFFIX}")
+        return self._look(f"{run_id}{SUFFIX}", self.directory_file())
 
     def lineage(self, run_id: str | None) -> tuple[str, ...]:
         """A run's id, that of the run it was started in, and so on outwards."""
@@ -198,17 +387,27 @@ class RunRegistry:
 
     def remove(self, run: RegisteredRun) -> bool:
         """Remove the record of a run that is dead; whether it was."""
-        return self._remove_unlocked(self.directory / run.file_name)
+        removed = self._remove_unlocked(run.file_name)
+        if removed:
+            _unlink(_members_path(self._path_of(run.file_name)))
+        return removed
 
     def collect_unnamed(self) -> None:
-        """Remove what a crash inside `register` left: files that never got their name."""
-        for path in self._paths():
-            if path.name.startswith("."):
-                self._remove_unlocked(path)
+        """Remove what a crash left: records that never got their name, lists without a record."""
+        names = self._names()
+        for name in names:
+            if name.startswith("."):
+                self._remove_unlocked(name)
+            elif name.endswith(members.SUFFIX):
+                # The record is there before its list, and goes before it.
+                record = name.removesuffix(members.SUFFIX) + SUFFIX
+                if record not in names and not os.path.lexists(self._path_of(record)):
+                    with contextlib.suppress(OSError):
+                        os.unlink(self._path_of(name))
 
-    def _paths(self) -> list[Path]:
+    def _names(self) -> list[str]:
         try:
-            return [self.directory / name for name in os.listdir(self.directory)]
+            return os.listdir(self.directory)
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -217,7 +416,11 @@ class RunRegistry:
                 f"Set {files.RUNTIME_DIR_VARIABLE} to a directory of your own"
             ) from error
 
-    def _look(self, path: Path) -> RegisteredRun | None:
+    def _path_of(self, name: str) -> str:
+        return f"{os.fspath(self.directory)}/{name}"
+
+    def _look(self, name: str, directory: tuple[int, int] | None) -> RegisteredRun | None:
+        path = self._path_of(name)
         try:
             fd = files.open_existing(path, os.O_RDWR)
         except (OSError, InfrastructureError):
@@ -227,14 +430,20 @@ class RunRegistry:
             stat = os.fstat(fd)
             if found is None or (hasattr(os, "geteuid") and stat.st_uid != os.geteuid()):
                 return None
-            record, state = found
+            record, stated = found
             return RegisteredRun(
-                record=record, state=_state(record, state, fd), file=_identity(stat)
+                record=record,
+                state=_state(record, stated, fd),
+                file=_identity(stat),
+                was_released=stated is RunState.ENDED,
+                members=read_members(_members_path(path)),
+                directory=directory,
             )
         finally:
             os.close(fd)
 
-    def _remove_unlocked(self, path: Path) -> bool:
+    def _remove_unlocked(self, name: str) -> bool:
+        path = self._path_of(name)
         try:
             fd = files.open_existing(path, os.O_RDWR)
         except (OSError, InfrastructureError):
@@ -243,9 +452,9 @@ class RunRegistry:
             if not _lock_past_readers(fd, path):
                 return False
             found = read_record(fd)
-            if found is not None and _leader_lives(found[0]):
+            if found is not None and leader_lives(found[0]):
                 return False
-            path.unlink(missing_ok=True)
+            os.unlink(path)
             return True
         except OSError:
             return False
@@ -256,24 +465,28 @@ class RunRegistry:
 class _OpenDirectory:
     """A directory, open for as long as this object is there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._file = _identity(os.fstat(self._fd))
+        with contextlib.suppress(OSError):
+            # The kernel shows who took a lock: so a process that led a run is told from its forks.
+            lock_descriptor(self._fd, shared=True)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             # The program may have closed every descriptor, and have another file there by now.
-            if _identity(os.fstat(self._fd)) == self._file:
+            if files.still_open(self._fd, self._file):
                 os.close(self._fd)
 
 
 @functools.lru_cache(maxsize=4)
-def _stay_known(directory: Path) -> _OpenDirectory | None:
+def _stay_known(directory: str, pid: int) -> _OpenDirectory | None:
     """Hold the registry's directory open until this process ends.
 
     A program goes on after its block: it writes results, or starts the next run. By then it is in
     no live run, and to a run of the same command it would look like a twin. This descriptor tells
     it from one, see `RunRegistry.directory_file`; the kernel takes it away with the process.
+    ``pid`` is that of this process: a forked child that leads a run opens one of its own.
     """
     try:
         return _OpenDirectory(directory)
@@ -282,12 +495,14 @@ def _stay_known(directory: Path) -> _OpenDirectory | None:
 
 
 def _state(record: RunRecord, stated: RunState | None, fd: int) -> RunState:
+    if stated is RunState.ABANDONED:
+        stated = RunState.ENDED
     try:
         # Shared, so that two readers at once do not take each other for the run.
         if lock_descriptor(fd, shared=sys.platform != "win32"):
             unlock_descriptor(fd)
             # A program that closes every descriptor (a daemon does) drops its lock, and lives.
-            if not _leader_lives(record):
+            if not leader_lives(record):
                 return RunState.DEAD
     except OSError:
         # A file system without locks: only the process itself can tell.
@@ -297,11 +512,11 @@ def _state(record: RunRecord, stated: RunState | None, fd: int) -> RunState:
     return stated or RunState.RUNNING
 
 
-def _lock_past_readers(fd: int, path: Path) -> bool:
+def _lock_past_readers(fd: int, path: str, tries: int = 200) -> bool:
     """Lock the file at this path exclusively, although readers hold it for an instant now and
     then; on a busy machine one may be put aside with its lock held.
     """
-    for _ in range(200):
+    for _ in range(tries):
         locked = lock_descriptor(fd)
         if locked or not files.same_file(fd, path):
             return locked and files.same_file(fd, path)
@@ -310,17 +525,20 @@ def _lock_past_readers(fd: int, path: Path) -> bool:
 
 
 def _encode(record: RunRecord, state: RunState) -> bytes:
-    """A record as it is written. One that cannot be read back would hide a live run."""
     try:
-        _check_readable(record)
-        return to_json(record, state)
-    except (TypeError, ValueError) as error:
+        return to_json(record, state, with_environment=True)
+    except ValueError as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error
 
 
-@functools.lru_cache(maxsize=8)
-def _check_readable(record: RunRecord) -> None:
-    from_json(to_json(record, RunState.SURVIVORS))  # the state with the longest name
+def _members_path(path: str) -> str:
+    return path.removesuffix(SUFFIX) + members.SUFFIX
+
+
+def _unlink(*paths: str) -> None:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _identity(stat: os.stat_result) -> tuple[int, int]:

@@ -12,16 +12,22 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from pathlib import Path
+from typing import NamedTuple
 
 import attrs
 import psutil
 
 _LINUX = sys.platform == "linux"
 _TICKS = os.sysconf("SC_CLK_TCK") if _LINUX else 0
+# What a program opens to compute on an accelerator: CUDA, ROCm, TPUs and Gaudi, Ascend. Monitoring
+# tools open others: NVML /dev/nvidia0 and /dev/nvidiactl, hl-smi /dev/accel/accel_controlD0,
+# npu-smi /dev/davinci_manager.
+_COMPUTE_DEVICE = re.compile(r"/dev/(nvidia-uvm|kfd|accel\d+|accel/accel\d+|davinci\d+)").fullmatch
 
 
 @attrs.frozen(order=True)
@@ -46,6 +52,15 @@ class Stat:
     ppid: int
     create_time: float
     threads: int = 1
+    session: int = 0
+
+
+class Row(NamedTuple):
+    """What `table` has of each process. ``session`` is 0 where there are no sessions."""
+
+    ppid: int
+    create_time: float
+    session: int
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -59,7 +74,14 @@ def read_stat(pid: int) -> Stat | None:
     name_end = data.rfind(b")")
     name = data[data.find(b"(") + 1 : name_end].decode(errors="replace")
     fields = data[name_end + 2 :].split(None, 20)
-    return Stat(name, fields[0].decode(), int(fields[1]), int(fields[19]) / _TICKS, int(fields[17]))
+    return Stat(
+        name,
+        fields[0].decode(),
+        int(fields[1]),
+        int(fields[19]) / _TICKS,
+        int(fields[17]),
+        int(fields[3]),
+    )
 
 
 def identity_of(pid: int) -> ProcessIdentity | None:
@@ -72,6 +94,21 @@ def is_alive(identity: ProcessIdentity) -> bool:
     """Whether this very process still runs. A defunct one does not: it only waits to be reaped."""
     stat = read_stat(identity.pid)
     return stat is not None and stat.create_time == identity.create_time and not is_defunct(stat)
+
+
+def is_gone(identity: ProcessIdentity) -> bool:
+    """Whether this process is *proven* dead, be it defunct or its pid another one's.
+
+    That /proc shows no such process proves nothing: under ``hidepid=2`` it hides those of other
+    users, and without a free descriptor nothing can be read. kill(2) tells a hidden process from
+    none.
+    """
+    stat = read_stat(identity.pid)
+    if stat is None:
+        if not _exists(identity.pid):
+            return True
+        stat = read_stat(identity.pid)  # it may have started just now
+    return stat is not None and (stat.create_time != identity.create_time or is_defunct(stat))
 
 
 def is_running(pid: int) -> bool:
@@ -93,6 +130,22 @@ def now() -> float:
     if not _LINUX:
         return time.time()
     return math.floor(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS) / _TICKS
+
+
+@functools.cache
+def own_identity() -> ProcessIdentity | None:
+    """The identity of this process; None where /proc does not show it."""
+    return identity_of(os.getpid())
+
+
+def session_of(pid: int) -> int | None:
+    """The session that a process is in, see setsid(2); None when unknown, or on Windows.
+
+    A process that starts a session of its own (a daemon, a tracker, a terminal multiplexer) means
+    to outlive whoever started it.
+    """
+    stat = read_stat(pid)
+    return (stat.session or None) if stat is not None else None
 
 
 def all_pids() -> list[int]:
@@ -133,18 +186,22 @@ def read_environ(pid: int) -> dict[str, str] | None:
 
 
 def started_with(pid: int, variable: str, values: Container[str]) -> str | None:
-    """Which of ``values`` the process was started with in ``variable``, or None.
+    """Which of ``values`` the process was started with in ``variable``, or None."""
+    value = value_in(raw_environ(pid), variable)
+    return value if value is not None and value in values else None
+
+
+def value_in(environ: bytes | None, variable: str) -> str | None:
+    """The value of a variable in what `raw_environ` reads; None where it has none.
 
     Cheap enough to be asked of every process: next to nothing is decoded.
     """
-    data = raw_environ(pid)
     name = os.fsencode(f"{variable}=")
-    if data is None or name not in data:
+    if environ is None or name not in environ:
         return None
-    for entry in data.split(b"\0"):
+    for entry in environ.split(b"\0"):
         if entry.startswith(name):
-            value = os.fsdecode(entry.removeprefix(name))
-            return value if value in values else None
+            return os.fsdecode(entry.removeprefix(name))
     return None
 
 
@@ -185,6 +242,11 @@ def owner_of(pid: int) -> int | None:
 
 def read_uids(pid: int) -> tuple[int, int] | None:
     """The real and effective user ids of a process; None on a platform without, or when gone."""
+    if _LINUX:
+        status = _read(f"/proc/{pid}/status") or b""
+        _, found, rest = status.partition(b"\nUid:")
+        ids = rest.split(None, 2)
+        return (int(ids[0]), int(ids[1])) if found else None
     try:
         uids = psutil.Process(pid).uids()
     except (psutil.Error, OSError, AttributeError):
@@ -206,11 +268,17 @@ def pid_namespace(pid: int | str = "self") -> int:
         return 0
 
 
+@functools.cache
+def own_pid_namespace() -> int:
+    """`pid_namespace` of this process, which keeps it until its end."""
+    return pid_namespace()
+
+
 def is_own_pid_namespace(namespace: int) -> bool:
     """Whether our own pids are those of this namespace. What is not known (0) is not ours, but
     on a platform without namespaces everything is.
     """
-    return namespace == pid_namespace() and (namespace != 0 or not _LINUX)
+    return namespace == own_pid_namespace() and (namespace != 0 or not _LINUX)
 
 
 @functools.cache
@@ -243,29 +311,34 @@ def descendants(roots: Iterable[int]) -> dict[int, ProcessIdentity]:
 
 def parents() -> dict[int, tuple[int, float]]:
     """The parent and the create time of every live process, by pid: one look at each."""
-    found: dict[int, tuple[int, float]] = {}
+    return {pid: (row.ppid, row.create_time) for pid, row in table().items()}
+
+
+def table() -> dict[int, Row]:
+    """Every live process, by pid: one look at each."""
+    found: dict[int, Row] = {}
     for pid in all_pids():
         if not _LINUX:
             stat = _psutil_stat(pid)
             if stat is not None and not is_defunct(stat):
-                found[pid] = stat.ppid, stat.create_time
+                found[pid] = Row(stat.ppid, stat.create_time, stat.session)
             continue
-        # As `read_stat` does, without an object for each: this is what a release waits for.
+        # As `read_stat` does, without an object for the name and the rest.
         data = _read(f"/proc/{pid}/stat")
         if data is not None:
             fields = data[data.rfind(b")") + 2 :].split(None, 20)
             if fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
-                found[pid] = int(fields[1]), int(fields[19]) / _TICKS
+                found[pid] = Row(int(fields[1]), int(fields[19]) / _TICKS, int(fields[3]))
     return found
 
 
 def below(
-    roots: Iterable[int], parents: Mapping[int, tuple[int, float]]
+    roots: Iterable[int], parents: Mapping[int, tuple[int, float]] | Mapping[int, Row]
 ) -> dict[int, ProcessIdentity]:
     """What `descendants` finds, from a scan that was made before."""
     children: dict[int, list[int]] = {}
-    for pid, (ppid, _) in parents.items():
-        children.setdefault(ppid, []).append(pid)
+    for pid, looked_at in parents.items():
+        children.setdefault(looked_at[0], []).append(pid)
     found: dict[int, ProcessIdentity] = {}
     pending = list(roots)
     while pending:
@@ -291,6 +364,51 @@ def children_of(pid: int) -> set[int]:
     return {child for child in all_pids() if (stat := read_stat(child)) and stat.ppid == pid}
 
 
+def has_children() -> bool:
+    """Whether this process has any child, be it defunct: one system call.
+
+    Most programs that hold a lock for a moment have none, and need not look for them in /proc.
+    """
+    if not hasattr(os, "waitid"):  # Windows
+        return True
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def has_live_child() -> bool:
+    """Whether this process is known to have a child that lives: one system call, which needs no
+    descriptor. False, too, where a child that waits to be reaped hides the others.
+    """
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except OSError:
+        return False
+
+
+def tree(pid: int) -> dict[int, ProcessIdentity]:
+    """The live processes below one, by the kernel's lists of children.
+
+    Its cost does not grow with the machine as that of `descendants` does. It may miss a process
+    while another one exits.
+    """
+    found: dict[int, ProcessIdentity] = {}
+    pending = children_of(pid)
+    while pending:
+        child = pending.pop()
+        stat = None if child in found else read_stat(child)
+        if stat is not None and not is_defunct(stat):
+            found[child] = ProcessIdentity(child, stat.create_time)
+            pending |= children_of(child)
+    return found
+
+
 def has_open(
     pid: int,
     files: Set[tuple[int, int]],
@@ -309,22 +427,54 @@ def has_open(
     return None
 
 
-def has_inherited(pid: int, files: Mapping[tuple[int, int], int]) -> tuple[int, int] | None:
+def has_inherited(
+    pid: int,
+    files: Mapping[tuple[int, int], int],
+    *,
+    names: Mapping[tuple[int, int], str] | None = None,
+) -> tuple[int, int] | None:
     """Which of these files a process has open by way of the process that locked it, or None.
 
-    Each file, named by (device, inode), comes with the pid that locked it. Whoever opens the file
-    by itself gets a description of its own, without that lock: a reader has inherited nothing.
-    See proc_pid_fdinfo(5); the pid that it shows is 0 when that process is not to be seen here.
+    Each file, named by (device, inode), comes with the pid that locked it, and ``names`` as in
+    `has_open`. Whoever opens the file by itself gets a description of its own, without that lock:
+    a reader has inherited nothing.
     """
     for fd, file in _open_files(pid):
-        if file not in files:
+        if file not in files or (names is not None and _name_of_open(pid, fd) != names[file]):
             continue
-        for line in (_read(f"/proc/{pid}/fdinfo/{fd}") or b"").splitlines():
-            match line.split():  # lock: 1: FLOCK ADVISORY WRITE 4242 fe:00:1234 0 EOF
-                case [b"lock:", _, b"FLOCK", _, b"WRITE", locker, *_]:
-                    if int(locker) in (0, files[file]):
-                        return file
+        if any(locker in (0, files[file]) for locker in _lockers(pid, fd, b"WRITE")):
+            return file
     return None
+
+
+def has_locked(pid: int, file: tuple[int, int]) -> bool:
+    """Whether a process has locked this file itself, shared, and has it open since. A child that
+    it forked has the file open, too, but by way of its parent.
+    """
+    return any(
+        pid in _lockers(pid, fd, b"READ") for fd, opened in _open_files(pid) if opened == file
+    )
+
+
+def holds_accelerator(pid: int) -> bool:
+    """Whether a process has an accelerator open for computing, and so memory on it. One that
+    monitors accelerators has not.
+    """
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            return any(_COMPUTE_DEVICE(_link(entry.path)) for entry in entries)
+    except OSError:
+        return False
+
+
+def _lockers(pid: int, fd: str, kind: bytes) -> Iterator[int]:
+    """The processes that took the flock(2) of an open file description. See proc_pid_fdinfo(5);
+    it shows 0 for a process that is dead or not to be seen here.
+    """
+    for line in (_read(f"/proc/{pid}/fdinfo/{fd}") or b"").splitlines():
+        match line.split():  # lock: 1: FLOCK ADVISORY WRITE 4242 fe:00:1234 0 EOF
+            case [b"lock:", _, b"FLOCK", _, found, locker, *_] if found == kind:
+                yield int(locker)
 
 
 def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -341,11 +491,28 @@ def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
         return
 
 
-def _name_of_open(pid: int, fd: str) -> str | None:
+def _name_of_open(pid: int, fd: str) -> str:
+    return os.path.basename(_link(f"/proc/{pid}/fd/{fd}").removesuffix(" (deleted)"))
+
+
+def _link(path: str) -> str:
     try:
-        return os.path.basename(os.readlink(f"/proc/{pid}/fd/{fd}").removesuffix(" (deleted)"))
+        return os.readlink(path)
     except OSError:
-        return None
+        return ""
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is a process with this pid, also one that /proc hides from us."""
+    if not _LINUX:
+        return psutil.pid_exists(pid)
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 def _read(path: str) -> bytes | None:
@@ -379,9 +546,17 @@ def _psutil_stat(pid: int) -> Stat | None:
                 state.get(process.status(), "R"),
                 process.ppid(),
                 process.create_time(),
+                session=_getsid(pid),
             )
     except (psutil.Error, OSError):
         return None
+
+
+def _getsid(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except (AttributeError, OSError):
+        return 0
 
 
 def _psutil_cmdline(pid: int) -> list[str]:
@@ -396,3 +571,13 @@ def _psutil_environ(pid: int) -> dict[str, str] | None:
         return psutil.Process(pid).environ()
     except (psutil.Error, OSError):
         return None
+
+
+def _start_anew() -> None:
+    """In a forked child, which is another process, maybe in another pid namespace."""
+    own_identity.cache_clear()
+    own_pid_namespace.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
