@@ -81,7 +81,7 @@ class Environment:
     )
     _closer: Callable[[], None] | None = attrs.field(default=None, repr=False)
     _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
-    _dead: list[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
+    _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
     _lost: LockLostError | None = attrs.field(default=None, init=False, repr=False)
     _requested: StopRequest | None = attrs.field(default=None, init=False, repr=False)
     _callbacks: Callbacks[StopRequest] = attrs.field(init=False, repr=False)

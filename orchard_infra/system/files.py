@@ -14,8 +14,11 @@ import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from orchard_infra.errors import InfrastructureError
+
+_Path = TypeVar("_Path", str, Path)
 
 RUNTIME_DIR_VARIABLE = "ORCHARD_INFRA_DIR"
 
@@ -48,7 +51,7 @@ def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
     return Path("/tmp") / f"orchard-infra-{os.geteuid()}"
 
 
-def private_directory(path: Path) -> Path:
+def private_directory(path: _Path) -> _Path:
     """Make ``path`` with mode 0700 where it is missing, and refuse it where it is not ours.
 
     Raises:
@@ -60,7 +63,7 @@ def private_directory(path: Path) -> Path:
             found = os.lstat(path)
         except FileNotFoundError:
             try:
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
             except FileExistsError:
                 pass  # here, or further up: what it is, and whether it is here, is seen next
             found = os.lstat(path)
