@@ -51,7 +51,7 @@ class Task:
 class _Background:
     def __init__(self) -> None:
         self.tasks: list[Task] = []
-        self.running: set[Task] = set()
+        self.running: dict[Task, int] = {}  # and in which thread
         self.mail: queue.SimpleQueue[None] = queue.SimpleQueue()  # put() may interrupt itself
         self.lock = threading.Lock()  # never in a signal handler, never while a task runs
         self.thread: threading.Thread | None = None
@@ -91,17 +91,26 @@ class _Background:
         self.wait_for(task)
 
     def finish(self, task: Task) -> None:
-        if self.claim(task):
-            self.carry_out(task)
-        else:
-            self.wait_for(task)
+        try:
+            if self.claim(task):
+                task.run()
+        except BaseException:
+            if self.runs_here(task):
+                task.due = 0.0  # it was interrupted, and is still to be done
+            raise
+        finally:
+            if self.runs_here(task):
+                del self.running[task]
+                self.mail.put(None)  # it may be due again
+        self.wait_for(task)
 
     def wait_for(self, task: Task) -> None:
-        if threading.current_thread() is self.thread:
-            return
         deadline = time.monotonic() + _JOIN
-        while task in self.running and time.monotonic() < deadline:
+        while task in self.running and not self.runs_here(task) and time.monotonic() < deadline:
             time.sleep(0.001)
+
+    def runs_here(self, task: Task) -> bool:
+        return self.running.get(task) == threading.get_ident()
 
     def claim(self, task: Task) -> bool:
         """Whether the task is due and the caller is the one to carry it out."""
@@ -110,19 +119,9 @@ class _Background:
         with uninterrupted(), self.lock:
             if task.due is None or task in self.running or task not in self.tasks:
                 return False
+            self.running[task] = threading.get_ident()
             task.due = None
-            self.running.add(task)
             return True
-
-    def carry_out(self, task: Task) -> None:
-        try:
-            task.run()
-        except Exception:
-            _logger.exception("a task in the background failed")
-        finally:
-            self.running.discard(task)
-            if threading.current_thread() is not self.thread:
-                self.mail.put(None)  # it may be due again
 
     def end(self) -> None:
         with uninterrupted(), self.lock:
@@ -140,7 +139,12 @@ class _Background:
         while True:
             for task in tuple(self.tasks):
                 if self.claim(task):
-                    self.carry_out(task)
+                    try:
+                        task.run()
+                    except Exception:
+                        _logger.exception("a task in the background failed")
+                    finally:
+                        del self.running[task]
             with self.lock:
                 if self.thread is not threading.current_thread():
                     return
