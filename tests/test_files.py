@@ -54,7 +54,7 @@ def test_the_environment_is_read_when_asked_and_nothing_is_created(monkeypatch, 
 
 
 def test_two_jobs_with_a_tmpdir_each_meet_in_one_directory(tmp_path):
-    source = "from orchard_infra.files import runtime_dir; print('at', runtime_dir())"
+    source = "from orchard_infra.system.files import runtime_dir; print('at', runtime_dir())"
     said = set()
     for job in ("a", "b"):
         (tmp_path / job).mkdir()

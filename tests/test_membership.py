@@ -13,8 +13,14 @@ import attrs
 import pytest
 
 from orchard_infra.runs import membership
-from orchard_infra.runs.membership import Membership, command_of, is_ours, orphans_of, own_pids
-from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, describe_this_run
+from orchard_infra.runs.membership import (
+    Membership,
+    command_of,
+    is_ours,
+    orphans_of,
+    own_pids,
+)
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, Survivor, describe_this_run
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
 from orchard_infra.system import processes
 from support import (
@@ -86,9 +92,14 @@ RUN = """
         }[kind]()
     print("run", json.dumps([record.run_id, pids]), flush=True)
     for line in sys.stdin:
-        if line.strip() == "close descriptors":
-            os.closerange(3, 1000)
-        print("done", flush=True)
+        match line.strip():
+            case "close descriptors":
+                os.closerange(3, 1000)
+            case "note":
+                registration.note_members()
+            case "end":
+                registration.end()
+        print("done", line, end="", flush=True)
 """
 
 MEMBERS = {
@@ -119,6 +130,10 @@ class Run:
     run_id: str
     pids: dict[str, int]
 
+    def do(self, order: str) -> None:
+        self.script.tell(order)
+        self.script.wait_for(f"done {order}")
+
     def kill_leader(self) -> None:
         self.script.kill()
         self.script.wait()
@@ -134,22 +149,30 @@ def start(tmp_path: Path, *kinds: str) -> Run:
 
 
 LOOK = """
-    import json
+    import attrs, json
     from orchard_infra.runs.membership import Membership
     from orchard_infra.runs.registry import RunRegistry
 
     runs = RunRegistry().runs()
     dead = [run for run in runs if not run.is_live]
-    found = {s.pid: s.evidence for _, s in Membership(runs).survivors(dead)}
+    found = [attrs.astuple(s) for _, s in Membership(runs).survivors(dead)]
     print("survivors", json.dumps(found), flush=True)
 """
 
 
-def survivors(tmp_path: Path) -> dict[int, str]:
+def found_by_another(tmp_path: Path) -> list[Survivor]:
     """What another process finds: what a test has started is no kin of that one."""
     looker = run_python(tmp_path, LOOK, name="looker.py")
-    found = json.loads(looker.wait_for("survivors {").removeprefix("survivors "))
-    return {int(pid): evidence for pid, evidence in found.items()}
+    found = json.loads(looker.wait_for("survivors [").removeprefix("survivors "))
+    return [Survivor(*fields) for fields in found]
+
+
+def survivors(tmp_path: Path) -> dict[int, str]:
+    return {one.pid: one.evidence for one in found_by_another(tmp_path)}
+
+
+def kinds(tmp_path: Path) -> dict[int, str]:
+    return {one.pid: one.kind for one in found_by_another(tmp_path)}
 
 
 def live_run_of(registry: RunRegistry, pid: int) -> str | None:
@@ -205,22 +228,21 @@ def test_a_survivor_that_has_ended_is_none(tmp_path):
 
 
 def test_a_process_whose_pid_is_another_s_by_now_is_no_survivor(tmp_path, registry, monkeypatch):
-    """A mock: what was true of the pid at the first look is not at the second."""
+    """A mock: the process ends and another one gets its pid, after the scan of the machine."""
     run = start(tmp_path, "executed")
     run.kill_leader()
-    really = processes.started_with
-    asked = []
+    really = processes.table
 
-    def once(pid: int, variable: str, values: dict[str, RegisteredRun]) -> str | None:
-        found = really(pid, variable, values)
-        if found is not None:
-            asked.append(pid)
-        return None if len(asked) > 1 else found
+    def scan() -> dict[int, processes.Row]:
+        former = {
+            pid: row._replace(create_time=row.create_time + 0.01) for pid, row in really().items()
+        }
+        return {run.pids["executed"]: former[run.pids["executed"]]}
 
-    monkeypatch.setattr(processes, "started_with", once)
     runs = registry.runs()
+    assert len(list(Membership(runs).survivors(runs))) == 1
+    monkeypatch.setattr(processes, "table", scan)
     assert list(Membership(runs).survivors(runs)) == []
-    assert asked == [run.pids["executed"]] * 2
 
 
 def test_nobody_s_files_are_looked_at_when_nobody_holds_the_record(tmp_path, registry, monkeypatch):
@@ -303,9 +325,10 @@ def test_a_live_run_below_a_dead_one_is_no_survivor_and_neither_are_its_children
     assert survivors(tmp_path) == {}
     inner.kill()
     inner.wait()
-    # What is forked shows the environment that its parent was started with: by the outer run.
+    # What is forked shows the environment that its parent was started with, by the outer run. It
+    # is the inner one's all the same.
     assert survivors(tmp_path) == {
-        pids["forked"]: "started by the run",
+        pids["forked"]: "forked by the run",
         pids["executed"]: "started by the run",
     }
     assert inner_id != outer.run_id
@@ -448,8 +471,9 @@ def test_of_nested_runs_the_inner_one_is_named(tmp_path, registry):
     outer.close()
 
 
-def test_the_same_pid_on_another_host_is_no_leader(registry):
-    registration = registry.register(attrs.evolve(describe_this_run("digits"), host="elsewhere"))
+def test_the_same_pid_since_another_boot_is_no_leader(registry):
+    """That boot may be the one of another host, which shares the file system."""
+    registration = registry.register(attrs.evolve(describe_this_run("digits"), boot_id="another"))
     [found] = registry.runs()
     assert found.is_live
     child = subprocess.Popen(["sleep", "1000"], close_fds=True)
@@ -495,7 +519,7 @@ def test_what_a_live_run_started_is_found_wherever_it_went(tmp_path, registry):
         if kind.startswith("executed"):
             wait_until(lambda kind=kind: b"sleep" in processes.read_cmdline(pids[kind]))
     run.tell("orphans")
-    found = json.loads(run.wait_for("orphans").removeprefix("orphans "))
+    found = json.loads(run.wait_for("orphans [").removeprefix("orphans "))
     assert set(found) - {run.pid} == {pids[kind] for kind in MEMBERS}
 
 

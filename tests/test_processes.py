@@ -419,12 +419,13 @@ def test_a_pid_namespace_of_its_own_is_told_from_ours(tmp_path):
 def test_our_own_pid_namespace_is_unknown_when_proc_shows_another_one(tmp_path):
     """There /proc/1 is somebody else, and a signal to a number from /proc hits a stranger."""
     source = (
-        "import os; from orchard_infra import processes as p; print(os.getpid(), p.pid_namespace())"
+        "import os; from orchard_infra.system import processes as p\n"
+        "print(os.getpid(), p.pid_namespace(), p.own_pid_namespace())"
     )
     (tmp_path / "script.py").write_text(source)
     script = run_command(tmp_path, ["unshare", "-fp", sys.executable, str(tmp_path / "script.py")])
     script.finish()
-    assert script.output == "1 0\n"
+    assert script.output == "1 0 0\n"
 
 
 def test_an_unknown_pid_namespace_is_not_ours(monkeypatch):
@@ -432,7 +433,7 @@ def test_an_unknown_pid_namespace_is_not_ours(monkeypatch):
     assert processes.is_own_pid_namespace(ours)
     assert not processes.is_own_pid_namespace(ours + 1)
     assert not processes.is_own_pid_namespace(0)
-    monkeypatch.setattr(processes, "pid_namespace", lambda pid="self": 0)
+    monkeypatch.setattr(processes, "own_pid_namespace", lambda: 0)
     assert not processes.is_own_pid_namespace(0)
     monkeypatch.setattr(processes, "_LINUX", False)  # there all of them are 0
     assert processes.is_own_pid_namespace(0)

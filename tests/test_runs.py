@@ -26,6 +26,9 @@ from orchard_infra.runs.record import (
     RUN_ID_VARIABLE,
     RunRecord,
     RunState,
+    Survivor,
+    clip,
+    cut,
     describe_this_run,
     from_json,
     leader_is_dead,
@@ -228,19 +231,21 @@ def test_the_pid_of_a_dead_run_in_other_hands_brings_nobody_back(registry):
     ("changes", "dead", "held"),
     [
         ({}, False, RunState.RUNNING),
-        ({"boot_id": "another"}, True, RunState.SURVIVORS),
-        ({"boot_id": ""}, False, RunState.RUNNING),
         ({"host": "elsewhere"}, False, RunState.RUNNING),
-        ({"host": "elsewhere", "boot_id": "another"}, False, RunState.RUNNING),
+        ({"boot_id": "another"}, False, RunState.RUNNING),
+        ({"boot_id": ""}, False, RunState.RUNNING),
         ({"pid_namespace": 1}, False, RunState.RUNNING),
         ({"pid_namespace": 0}, False, RunState.RUNNING),
         ({"pid": 2**31 - 1}, True, RunState.SURVIVORS),
-        ({"pid": 2**31 - 1, "host": "elsewhere"}, False, RunState.RUNNING),
+        ({"pid": 2**31 - 1, "host": "elsewhere"}, True, RunState.SURVIVORS),
+        ({"pid": 2**31 - 1, "boot_id": "another"}, False, RunState.RUNNING),
         ({"pid": 2**31 - 1, "pid_namespace": 1}, False, RunState.RUNNING),
     ],
 )
 def test_a_leader_is_dead_on_proof_alone(registry, changes, dead, held):
-    """Of another host or container a pid proves nothing, and the kernel's lock all the same."""
+    """Of another container or boot, maybe on another host, a pid proves nothing; the kernel's lock
+    does all the same. What the host is called proves nothing either.
+    """
     record = record_of(**changes)
     assert leader_is_dead(record) is dead
     path = write(registry, record)
@@ -249,7 +254,7 @@ def test_a_leader_is_dead_on_proof_alone(registry, changes, dead, held):
         assert state_of(registry, record.run_id) is held
         assert not registry.remove(registry.find(record.run_id))
     # Not locked any more. The leader is this very process, where the record says so.
-    lives = not changes
+    lives = changes.keys() <= {"host"}
     expected = RunState.RUNNING if lives else RunState.DEAD
     assert state_of(registry, record.run_id) is expected
     assert registry.remove(registry.find(record.run_id)) is not lives
@@ -290,7 +295,7 @@ def test_a_run_that_cannot_trust_its_proc_is_live_while_it_holds_the_lock(tmp_pa
 
 
 def test_nobody_s_namespace_is_known_to_be_ours_when_ours_is_unknown(monkeypatch):
-    monkeypatch.setattr(processes, "pid_namespace", lambda pid="self": 0)
+    monkeypatch.setattr(processes, "own_pid_namespace", lambda: 0)
     record = describe_this_run("digits")
     assert record.pid_namespace == 0
     assert not record.is_local
@@ -447,16 +452,16 @@ def test_a_record_that_a_collector_has_locked_is_made_anew(registry, monkeypatch
 
 
 def test_a_record_that_is_collected_before_it_has_its_name_is_made_anew(registry, monkeypatch):
-    really = Path.rename
+    really = os.rename
     collected = []
 
-    def late(path: Path, target: Path) -> Path:
+    def late(path: str, target: str) -> None:
         if not collected:
             collected.append(path)
-            path.unlink()
-        return really(path, target)
+            os.unlink(path)
+        really(path, target)
 
-    monkeypatch.setattr(Path, "rename", late)
+    monkeypatch.setattr(os, "rename", late)
     registration = registry.register(describe_this_run("digits"))
     assert collected
     assert registry.find(registration.record.run_id).is_live
@@ -477,13 +482,14 @@ def test_a_full_disk_is_an_error_and_leaves_no_file(registry, monkeypatch):
 
 @pytest.mark.parametrize("step", ["write_whole", "rename"])
 def test_an_interrupt_half_way_leaves_no_file_and_no_descriptor(registry, monkeypatch, step):
-    really = files.write_whole if step == "write_whole" else Path.rename
+    place = files if step == "write_whole" else os
+    really = getattr(place, step)
 
     def interrupted(*arguments: object) -> None:
         really(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files if step == "write_whole" else Path, step, interrupted)
+    monkeypatch.setattr(place, step, interrupted)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(KeyboardInterrupt):
         registry.register(describe_this_run("digits"))
@@ -536,11 +542,29 @@ def test_a_directory_that_is_none_is_a_clear_error(registry):
         {"lock": "x" * 10_000},
         {"lock": Path("/x")},
         {"started_at": float("nan")},
+        {"argv": "python train.py"},
+        {"session": -1},
+    ],
+)
+def test_a_record_that_nobody_could_read_cannot_be_made(changes):
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))} must be "):
+        record_of(**changes)
+
+
+@pytest.mark.parametrize("arguments", [{"project": "x" * 10_000}, {"lock": "x" * 10_000}])
+def test_a_run_that_cannot_be_recorded_is_a_clear_error(arguments):
+    with pytest.raises(InfrastructureError, match="the run cannot be recorded: (project|lock)"):
+        describe_this_run(**{"project": "digits", **arguments})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         {"argv": ("x" * 8000,) * 9},
         {"parent": "\ud800" * 8192, "lock": "\ud800" * 8192},
     ],
 )
-def test_a_record_that_nobody_could_read_is_refused_rather_than_hidden(registry, changes):
+def test_a_record_that_is_too_long_to_be_read_is_refused_rather_than_hidden(registry, changes):
     with pytest.raises(InfrastructureError, match="the run cannot be recorded"):
         registry.register(record_of(**changes))
     registration = registry.register(record_of())
@@ -646,7 +670,7 @@ def test_a_fork_in_the_middle_of_a_look_keeps_no_lock(tmp_path, registry, monkey
     """Of another thread, say: the child has the descriptor as well, for as long as it lives."""
     run = start(tmp_path)
     run.kill()
-    really = runs._leader_lives
+    really = runs.leader_lives
     children = []
 
     def fork_and_look(record: RunRecord) -> bool:
@@ -656,9 +680,9 @@ def test_a_fork_in_the_middle_of_a_look_keeps_no_lock(tmp_path, registry, monkey
         children.append(child)
         return really(record)
 
-    monkeypatch.setattr(runs, "_leader_lives", fork_and_look)
+    monkeypatch.setattr(runs, "leader_lives", fork_and_look)
     found = registry.find(run.run_id)
-    monkeypatch.setattr(runs, "_leader_lives", really)
+    monkeypatch.setattr(runs, "leader_lives", really)
     assert children
     assert found.state is RunState.DEAD
     assert state_of(registry, run.run_id) is RunState.DEAD
@@ -951,8 +975,8 @@ def test_the_longest_paths_there_can_be_fit_a_record(registry):
     """PATH_MAX bytes, each of them escaped, in every field that holds a path."""
     path = "/" + "\x01" * 4095
     evil = record_of(
-        argv=runs._clip(["\x01" * 100_000]),
-        cwd=runs._cut(path),
+        argv=clip(["\x01" * 100_000]),
+        cwd=cut(path),
         lock=path,
         tmp_dir=path,
         project="\U0001f333" * 200,
@@ -975,7 +999,7 @@ def test_a_run_is_described_in_one_line_that_is_safe_for_a_terminal():
     assert "started" in record.describe()
     assert EVIL.describe().isprintable()
     assert attrs.evolve(record, cwd="").describe(1000).endswith(": python train.py")
-    survivor = runs.Survivor(7, 1.0, "python \x1b[2J", "forked by the run")
+    survivor = Survivor(7, 1.0, "python \x1b[2J", "forked by the run")
     assert survivor.describe() == r"pid 7 (forked by the run): python \x1b[2J"
 
 

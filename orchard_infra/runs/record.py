@@ -248,10 +248,18 @@ def to_json(
     return line.encode() + b"}\n"
 
 
-@functools.lru_cache(maxsize=8)  # written three times in every run: twice here, once in the lock
+# Written three times in every run: twice in the registry, once in the lock.
+_latest: tuple[RunRecord | None, str] = None, ""
+
+
 def _to_json(record: RunRecord) -> str:
-    values = zip(_NAMES_FOR_ALL, _values_for_all(record), strict=True)
-    return json.dumps({"orchard_infra": 1, **dict(values)})
+    global _latest
+    latest, line = _latest
+    if latest is not record:
+        values = zip(_NAMES_FOR_ALL, _values_for_all(record), strict=True)
+        line = json.dumps({"orchard_infra": 1, **dict(values)})
+        _latest = record, line
+    return line
 
 
 def from_json(data: bytes) -> tuple[RunRecord, RunState | None]:

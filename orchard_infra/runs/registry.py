@@ -65,9 +65,11 @@ class Registration:
     _members: MembersFile = attrs.field(init=False)
     # Reentrant: a finalizer may leave another environment while this thread is in here.
     _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False)
+    _forks: int = attrs.field(init=False)  # of this process, before this run
 
     def __attrs_post_init__(self) -> None:
         self._members = MembersFile(_members_path(self._path))
+        self._forks = _program.forks
 
     @property
     def path(self) -> Path:
@@ -154,8 +156,10 @@ class Registration:
                 _program.first_runs[directory] = self
             elif first is not None and news:
                 self._fold_into(first, news)
+            elif _program.forks != self._forks and self._is_held_by_a_fork():
+                self._stay(RunState.ENDED)
             else:
-                self._leave_unless_forked()
+                self.close()
 
     def abandon(self) -> None:
         """Leave the registry, and the record there: the release failed. Once this process has
@@ -203,23 +207,19 @@ class Registration:
         else:
             self.close()
 
-    def _leave_unless_forked(self) -> None:
-        """Leave, unless a forked process holds the record that is not below this one any more.
+    def _is_held_by_a_fork(self) -> bool:
+        """Whether a forked process holds the record that is not below this one any more. To a
+        later run it would look like a twin.
 
-        The kernel tells: if the lock can be taken once our own descriptor is closed, there is
-        none. Else it would be taken for the twin of a later run.
+        The kernel tells: there is none if the lock can be taken once our descriptor is closed.
         """
         try:
             fd = files.open_existing(self._path, os.O_RDWR)
-        except (OSError, InfrastructureError):
-            self.close()
-            return
+        except (OSError, InfrastructureError) as error:
+            return not isinstance(error, FileNotFoundError)  # with no descriptor left, say
         os.close(self._fd)
         self._fd = fd
-        if not self._is_open() or _lock_past_readers(fd, self._path, tries=20):
-            self.close()
-        else:
-            self._stay(RunState.ENDED)
+        return self._is_open() and not _lock_past_readers(fd, self._path, tries=20)
 
     def _keep_as(self, state: RunState) -> None:
         _stay_known(os.path.dirname(self._path), self.record.pid)
@@ -252,6 +252,7 @@ class _Program:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.forks = 0
         self.first_runs: dict[str, Registration] = {}
 
     def first_run(self, directory: str) -> Registration | None:
@@ -266,7 +267,8 @@ class _Program:
         for first in tuple(self.first_runs.values()):
             if not first._members.alive() and not processes.has_live_child():
                 with contextlib.suppress(OSError):
-                    first._leave_unless_forked()
+                    if not first._is_held_by_a_fork():
+                        first.close()
 
 
 _program = _Program()
@@ -280,8 +282,12 @@ def _start_anew() -> None:
     _program = _Program()
 
 
+def _count() -> None:
+    _program.forks += 1
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)
+    os.register_at_fork(after_in_parent=_count, after_in_child=_start_anew)
 
 
 def _default_directory() -> Path:

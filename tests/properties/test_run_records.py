@@ -16,8 +16,8 @@ from orchard_infra.runs.record import (
     RECORD_START,
     RunRecord,
     RunState,
-    _clip,
-    _cut,
+    clip,
+    cut,
     describe_this_run,
     from_json,
     read_record,
@@ -53,6 +53,8 @@ records = st.builds(
     tmp_dir=st.none() | os_text,
     rank=st.none() | whole,
     parent=st.none() | os_text,
+    session=st.none() | whole,
+    environment=st.none() | st.text("0123456789abcdef", min_size=32, max_size=32),
 )
 states = st.none() | st.sampled_from(RunState)
 
@@ -90,12 +92,15 @@ def reads_or_refuses(data: bytes) -> None:
 @unhurried
 @given(records, states)
 def test_any_record_comes_back_as_it_was(record: RunRecord, state: RunState | None) -> None:
-    data = to_json(record, state)
+    data = to_json(record, state, with_environment=True)
     assert data.startswith(RECORD_START)
     assert data.count(b"\n") == 1
     assert data.endswith(b"\n")
     assert from_json(data) == (record, state)
     assert from_json(data + b"what a longer record left") == (record, state)
+    for_all = to_json(record, state)
+    assert from_json(for_all) == (attrs.evolve(record, environment=None), state)
+    assert b"environment" not in for_all or "environment" in str(attrs.astuple(record))
 
 
 @unhurried
@@ -176,7 +181,7 @@ def test_whatever_is_in_a_record_file_the_registry_lives_with_it(
 @unhurried
 @given(st.lists(st.text(max_size=3000), max_size=30), st.text(max_size=5000))
 def test_whatever_a_process_is_called_its_record_fits(words: list[str], cwd: str) -> None:
-    record = attrs.evolve(describe_this_run("digits"), argv=_clip(words), cwd=_cut(cwd))
+    record = attrs.evolve(describe_this_run("digits"), argv=clip(words), cwd=cut(cwd))
     assert len(to_json(record)) < RECORD_LIMIT // 4
     assert from_json(to_json(record))[0].pid == record.pid
     assert cwd.startswith(record.cwd)
