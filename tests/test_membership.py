@@ -28,6 +28,7 @@ from support import (
     environment,
     needs_another_user,
     needs_namespaces,
+    require_module,
     run_command,
     run_python,
     wait_gone,
@@ -405,6 +406,303 @@ def test_a_process_that_is_gone_is_not_ours():
     child = subprocess.Popen(["true"])
     child.wait()
     assert not is_ours(child.pid)
+
+
+# What kind of survivor
+
+
+KINDS = {
+    "forked": "worker",
+    "forked, title rewritten": "worker",
+    "forked, setsid": "detached",
+    "forked twice": "detached",
+    "executed": "program",
+    "executed, setsid": "detached",
+}
+
+
+def test_what_a_crashed_run_left_is_a_worker_a_program_or_detached(tmp_path):
+    run = start(tmp_path, *KINDS, "executed, opted out")
+    run.do("note")
+    run.kill_leader()
+    assert kinds(tmp_path) == {run.pids[kind]: expected for kind, expected in KINDS.items()}
+
+
+def test_of_a_released_run_only_workers_are_in_the_way(tmp_path, registry):
+    """Its program has exited by now. What else it started may be meant to go on."""
+    run = start(tmp_path, *KINDS)
+    run.do("end")
+    assert survivors(tmp_path) == {}  # the program lives
+    assert registry.find(run.run_id).state is RunState.ENDED
+    assert {live_run_of(registry, pid) for pid in run.pids.values()} == {run.run_id}
+    run.kill_leader()
+    expected = {**KINDS, "executed": "detached"}
+    assert kinds(tmp_path) == {run.pids[kind]: what for kind, what in expected.items()}
+
+
+def test_below_a_detached_process_everything_is_detached(tmp_path):
+    """A tmux server that was started in a run: its shells carry the run's id."""
+    source = """
+        import os, subprocess, sys
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        record = describe_this_run("digits")
+        registration = RunRegistry().register(record)
+        environ = {**os.environ, RUN_ID_VARIABLE: record.run_id}
+        script = "env -i sleep 1000 & clean=$!; sleep 1000 & echo started $$ $clean $!; wait"
+        words = ["sh", "-c", script]
+        subprocess.Popen(words, env=environ, start_new_session=True)
+        sys.stdin.readline()
+    """
+    run = run_python(tmp_path, source)
+    pids = [int(word) for word in run.wait_for("started").split()[1:]]
+    run.kill()
+    run.wait()
+    assert kinds(tmp_path) == dict.fromkeys(pids, "detached")
+
+
+def test_what_was_started_without_the_run_s_environment_is_reported_at_most(tmp_path):
+    """It was written down, and not found by anything that it carries."""
+    run = start(tmp_path, *STRANGERS)
+    run.kill_leader()
+    assert survivors(tmp_path) == {}
+    run = start(tmp_path, *STRANGERS)
+    run.do("note")
+    run.kill_leader()
+    found = found_by_another(tmp_path)
+    assert {one.pid: (one.kind, one.evidence) for one in found} == {
+        run.pids[kind]: ("detached", "written down by the run")
+        for kind in STRANGERS
+        if kind != "executed, opted out"
+    }
+
+
+# Pools of every kind, made before the block and in it.
+POOLS = """
+    import multiprocessing, os, signal, subprocess, sys, threading, time
+
+    def work(number):
+        time.sleep(1000)
+
+    def start(method, count=1):
+        context = multiprocessing.get_context(method)
+        made = [context.Process(target=work, args=(i,)) for i in range(count)]
+        for process in made:
+            process.start()
+        return [process.pid for process in made]
+
+    def fork_a_copy():
+        pid = os.fork()
+        if pid == 0:
+            signal.pause()
+        return pid
+
+    if __name__ == "__main__":
+        import json
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+
+        pids = {}
+        if "before" in sys.argv:
+            pids["server, before"] = []
+            for method in ("fork", "spawn", "forkserver"):
+                pids[f"{method}, before"] = start(method)
+            pids["copy, before"] = [fork_a_copy()]
+            pids["program, before"] = [subprocess.Popen(["sleep", "1000"]).pid]
+        record = describe_this_run("digits")
+        registration = RunRegistry().register(record)
+        os.environ[RUN_ID_VARIABLE] = record.run_id
+        registration.update(record, RunState.RUNNING)
+        for method in ("fork", "spawn", "forkserver"):
+            pids[method] = start(method)
+        registration.note_members()
+        # What nobody has written down: it is found below a server that was.
+        pids["forkserver, later"] = start("forkserver", 3)
+        from multiprocessing import forkserver, resource_tracker
+        pids["server"] = [forkserver._forkserver._forkserver_pid]
+        pids["tracker"] = [resource_tracker._resource_tracker._pid]
+        print("pools", json.dumps(pids), flush=True)
+        for line in sys.stdin:
+            if line.strip() == "end":
+                registration.end()
+            print("done", line, end="", flush=True)
+"""
+HELPERS = ("server", "tracker")
+
+
+@pytest.mark.parametrize("ending", ["crashed", "released"])
+@pytest.mark.parametrize("server", ["before", "inside"])
+def test_every_worker_of_a_dead_program_is_found_whatever_started_it(tmp_path, server, ending):
+    """Workers of a forkserver carry no run id if it was started before the run; nor is what nobody
+    has written down missed, if it is below that server.
+    """
+    script = run_python(tmp_path, POOLS, server, name="pools.py")
+    pids = json.loads(script.wait_for("pools {").removeprefix("pools "))
+    if ending == "released":
+        script.tell("end")
+        script.wait_for("done end")
+        assert survivors(tmp_path) == {}
+    script.kill()
+    script.wait()
+    found = {one.pid: one for one in found_by_another(tmp_path)}
+    pids.pop("server, before", None)
+    program = pids.pop("program, before", [])
+    expected = {pid for some in pids.values() for pid in some}
+    assert found.keys() == expected
+    assert {one.kind for one in found.values()} == {"worker"}
+    helpers = {pid for kind in HELPERS for pid in pids[kind]}
+    assert {pid for pid, one in found.items() if one.is_helper} == helpers
+    assert list(found)[-len(helpers) :] == sorted(helpers)  # they are stopped last
+    assert all(processes.is_running(pid) for pid in program)
+
+
+def test_loky_s_workers_are_workers_and_its_tracker_is_a_helper(tmp_path):
+    require_module("joblib")
+    source = """
+        import os, sys, time
+        from joblib.externals.loky import get_reusable_executor
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        if __name__ == "__main__":
+            if sys.argv[1] == "before":
+                pids = {get_reusable_executor(max_workers=2).submit(os.getpid).result()}
+            record = describe_this_run("digits")
+            os.environ[RUN_ID_VARIABLE] = record.run_id
+            registration = RunRegistry().register(record)
+            executor = get_reusable_executor(max_workers=2)
+            executor.submit(os.getpid).result()
+            registration.note_members()
+            print("workers", *executor._processes, flush=True)
+            sys.stdin.readline()
+    """
+    for when in ("before", "inside"):
+        script = run_python(tmp_path, source, when)
+        workers = {int(word) for word in script.wait_for("workers").split()[1:]}
+        script.kill()
+        script.wait()
+        found = found_by_another(tmp_path)
+        assert {one.kind for one in found} == {"worker"}
+        assert workers == {one.pid for one in found if not one.is_helper}
+        assert any(one.is_helper for one in found)  # multiprocessing has one as well
+        for one in found:
+            os.kill(one.pid, 9)
+        wait_gone(one.pid for one in found)
+
+
+def test_a_process_that_led_a_run_of_its_own_well_is_no_survivor(tmp_path):
+    """A trial that was forked by a sweep: it writes its results when the sweep is killed."""
+    source = """
+        import os, signal, sys
+        from orchard_infra.runs.record import describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        former = RunRegistry().register(describe_this_run("former"))
+        former.close()
+        registration = RunRegistry().register(describe_this_run("sweep"))
+        pids = []
+        for is_trial in (True, False):
+            read, write = os.pipe()
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                if is_trial:
+                    RunRegistry().register(describe_this_run("trial")).end()
+                os.write(write, b".")
+                signal.pause()
+            os.read(read, 1)
+        print("forked", *pids, flush=True)
+        sys.stdin.readline()
+    """
+    sweep = run_python(tmp_path, source)
+    _, idle = map(int, sweep.wait_for("forked").split()[1:])
+    sweep.kill()
+    sweep.wait()
+    assert survivors(tmp_path) == {idle: "forked by the run"}
+
+
+def test_of_another_boot_nothing_has_survived_and_nobody_looks(registry, monkeypatch):
+    monkeypatch.setattr(processes, "table", lambda: pytest.fail("looked at every process"))
+    dead = attrs.evolve(describe_this_run("digits"), boot_id="another")
+    assert list(Membership(()).survivors([RegisteredRun(dead, RunState.DEAD)])) == []
+
+
+def test_survivors_of_a_record_of_the_version_before_are_classified_too(tmp_path, registry):
+    """It does not say in which session the program was."""
+    run = start(tmp_path, *KINDS)
+    run.kill_leader()
+    [found] = registry.runs()
+    former = attrs.evolve(found, record=attrs.evolve(found.record, session=None, environment=None))
+    # In a process of its own, which is no relative of what is to be found.
+    path = registry.directory / found.file_name
+    fields = json.loads(path.read_bytes().partition(b"\n")[0])
+    for name in ("session", "environment"):
+        fields.pop(name, None)
+    with open(path, "r+b") as file:
+        file.write(json.dumps(fields).encode() + b"\n")
+        file.truncate()
+    assert registry.runs() == (former,)
+    expected = {**KINDS, "forked, setsid": "detached", "forked twice": "detached"}
+    assert kinds(tmp_path) == {run.pids[kind]: what for kind, what in expected.items()}
+
+
+# What a run leaves to its program
+
+
+def test_the_children_that_a_run_leaves_are_listed_and_those_from_before_are_not(
+    tmp_path, registry
+):
+    source = """
+        import json, os, signal, subprocess, sys
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+
+        def orphan():
+            read, write = os.pipe()
+            if os.fork() == 0:
+                if os.fork() == 0:
+                    os.write(write, str(os.getpid()).encode())
+                    signal.pause()
+                os._exit(0)
+            os.wait()
+            return int(os.read(read, 20))
+
+        before = subprocess.Popen(["sleep", "1000"])
+        record = describe_this_run("digits")
+        registration = RunRegistry().register(record)
+        os.environ[RUN_ID_VARIABLE] = record.run_id
+        known = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        nobody = registration.children_left(known)
+        started = [
+            subprocess.Popen(["sleep", "1000"]).pid,
+            orphan(),
+            int(subprocess.check_output(["sh", "-c", "sleep 1000 >&2 & echo $!"])),
+        ]
+        done = subprocess.Popen(["true"])
+        done.wait()
+        left = [identity.pid for identity in registration.children_left(known)]
+        print("left", json.dumps([len(nobody), started, left]), flush=True)
+        registration.end()
+        print("ended", record.run_id, flush=True)
+        sys.stdin.readline()
+    """
+    script = run_python(tmp_path, source)
+    nobody, started, left = json.loads(script.wait_for("left [").removeprefix("left "))
+    assert nobody == 0
+    assert left == sorted(started)
+    run_id = script.wait_for("ended").split()[1]
+    assert {live_run_of(registry, pid) for pid in started} == {run_id}
+    script.kill()
+    script.wait()
+    assert set(survivors(tmp_path)) == set(started)
+
+
+def test_a_process_below_an_ended_run_s_living_program_is_never_touched(tmp_path, registry):
+    run = start(tmp_path, "forked", "executed, clean")
+    run.do("note")
+    run.do("end")
+    for pid in run.pids.values():
+        assert live_run_of(registry, pid) == run.run_id
+    [found] = registry.runs()
+    assert not found.is_live
+    assert not found.is_over
 
 
 # Members of live runs
