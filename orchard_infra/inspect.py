@@ -51,10 +51,6 @@ class Look:
 
     runs: tuple[RegisteredRun, ...]
 
-    @property
-    def membership(self) -> Membership:
-        return Membership(self.runs)
-
     def state_of(self, run: RegisteredRun) -> RunState:
         """The state of a run, its processes considered.
 
@@ -63,24 +59,30 @@ class Look:
         return RunState.SURVIVORS if self.survivors_of(run) else run.state
 
     def survivors_of(self, run: RegisteredRun) -> tuple[Survivor, ...]:
-        """The live processes of a run whose leader is dead, with what proves it."""
+        """The live processes of a run whose program is dead, with what proves it."""
         return self._survivors.get(run.record.run_id, ())
 
     def members_of(self, run: RegisteredRun) -> tuple[ProcessIdentity, ...]:
-        """The live processes of a run: its leader, those below it and those that have left the
-        tree, or the survivors of a dead one. None of a run in another pid namespace.
+        """The live processes of a run. None of a run in another pid namespace.
+
+        Of a running or waiting one: its leader, what is below that, and what has left the tree. Of
+        one that has ended while its program goes on: what it started. Of a dead one: its survivors.
         """
         return self._members.get(run.record.run_id, ())
 
     def run_of(self, pid: int) -> RegisteredRun | None:
-        """The live run that a process belongs to."""
+        """The run that a process belongs to, as far as the program of that run lives."""
         return self.membership.live_run_of(pid)
+
+    @functools.cached_property
+    def membership(self) -> Membership:
+        return Membership(self.runs)
 
     @functools.cached_property
     def _survivors(self) -> Mapping[str, tuple[Survivor, ...]]:
         found: dict[str, list[Survivor]] = {}
-        dead = [run for run in self.runs if not run.is_live]
-        for run, survivor in self.membership.survivors(dead):
+        over = [run for run in self.runs if run.is_over]
+        for run, survivor in self.membership.survivors(over):
             found.setdefault(run.record.run_id, []).append(survivor)
         return {run_id: tuple(those) for run_id, those in found.items()}
 
@@ -89,21 +91,31 @@ class Look:
         found: dict[str, set[ProcessIdentity]] = {
             run.record.run_id: {one.identity for one in self.survivors_of(run)} for run in self.runs
         }
-        live = {run.record.run_id: run for run in self.runs if run.is_live and run.record.is_local}
-        for run_id, run in live.items():
-            if processes.is_alive(run.record.leader):
-                found[run_id].add(run.record.leader)
-                found[run_id].update(processes.descendants([run.record.pid]).values())
-        if live:
-            locked_by = {run.file: run.record.pid for run in live.values()}
-            by_file = {run.file: run_id for run_id, run in live.items()}
-            for pid in own_pids():
-                started_in = processes.started_with(pid, RUN_ID_VARIABLE, live)
-                if started_in is None and (file := processes.has_inherited(pid, locked_by)):
-                    started_in = by_file[file]
-                identity = processes.identity_of(pid)
-                if started_in is not None and identity is not None and processes.is_alive(identity):
-                    found[started_in].add(identity)
+        present = [run for run in self.runs if not run.is_over and run.record.is_local]
+        if not present:
+            return {run_id: tuple(sorted(those)) for run_id, those in found.items()}
+        parents = processes.parents()
+        by_id = {run_id: run for run in present for run_id in run.run_ids}
+        by_file = {file: run for run in present for file in run.files}
+        locked_by = {file: run.record.pid for file, run in by_file.items()}
+        for pid in own_pids():
+            run_id = processes.started_with(pid, RUN_ID_VARIABLE, by_id)
+            run = by_id[run_id] if run_id is not None else None
+            if run is None and (file := processes.has_inherited(pid, locked_by)) is not None:
+                run = by_file[file]
+            identity = processes.identity_of(pid)
+            if run is not None and identity is not None and identity != run.record.leader:
+                found[run.record.run_id].add(identity)
+        for run in present:
+            those = found[run.record.run_id]
+            those |= run.members.processes
+            if run.is_live:
+                those.add(run.record.leader)
+            those = {one for one in those if processes.is_alive(one)}
+            those |= set(processes.below([one.pid for one in those], parents).values())
+            if not run.is_live:
+                those -= run.members.before
+            found[run.record.run_id] = those
         return {run_id: tuple(sorted(those)) for run_id, those in found.items()}
 
 

@@ -11,28 +11,35 @@ The exit status is
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import attrs
 import click
 from rich.console import Console
 from rich.text import Text
 
-from orchard_infra.artifacts.temporary import CleanReport, TemporaryArtifacts
+from orchard_infra.artifacts.temporary import TemporaryArtifacts
 from orchard_infra.cli import output
-from orchard_infra.cli.trees import memory_of
+from orchard_infra.inspect import (
+    Look,
+    RegisteredRun,
+    Survivor,
+    command_of,
+    look,
+    memory_of,
+)
 from orchard_infra.launch import Launch
-from orchard_infra.runs.membership import Membership, command_of
-from orchard_infra.runs.record import RunState, describe_this_run
-from orchard_infra.runs.registry import RegisteredRun, RunRegistry
-from orchard_infra.sanitizing.ghosts import Finding, GhostSanitizer, SanitizeReport, Scene
+from orchard_infra.report import CleanReport, Finding, SanitizeReport
+from orchard_infra.runs.registry import RunRegistry
+from orchard_infra.sanitizing.ghosts import GhostSanitizer
 from orchard_infra.system import processes
 from orchard_infra.system.text import printable
 
+_HELPERS_END = 2.0  # seconds for helpers, once the processes that they serve are gone
 _TOLD = {"defunct": "leader"}
 _INDENT = 10  # columns
 _LISTED = 20  # files
@@ -52,6 +59,11 @@ Exits with 1 when something could not be cleaned up, or the answer was no.
 @click.option("-n", "--dry-run", is_flag=True, help="Only show what would be done.")
 @click.option("-y", "--yes", is_flag=True, help="Do it without asking.")
 @click.option(
+    "--detached",
+    is_flag=True,
+    help="Stop also survivors that may be meant to go on; see docs/cli.md.",
+)
+@click.option(
     "-p",
     "--project",
     metavar="PROJECT",
@@ -68,20 +80,26 @@ Exits with 1 when something could not be cleaned up, or the answer was no.
 )
 @click.pass_context
 def clean(
-    context: click.Context, dry_run: bool, yes: bool, project: str | None, grace: float
+    context: click.Context,
+    dry_run: bool,
+    yes: bool,
+    detached: bool,
+    project: str | None,
+    grace: float,
 ) -> None:
     """Stop and remove what dead runs left: processes, records, directories, shared memory.
 
     Shows first what proves that each of them is a leftover, and why what only looks like one is
-    spared; then asks. Live runs, and all that belongs to them, are never touched.
+    spared; then asks. Detached survivors have a question of their own, and --yes leaves them
+    alone without --detached. Live runs, and all that belongs to them, are never touched.
     """
     with output.errors_told():
         console = output.console()
-        house = House(RunRegistry(), project, GhostSanitizer(grace=grace))
-        plan = house.survey()
+        cleaning = Cleaning(RunRegistry(), project, GhostSanitizer(grace=grace))
+        plan = cleaning.plan(detached=detached)
         for line in describe(plan, console):
             output.write(console, line)
-        if plan.is_empty:
+        if plan.is_empty and (yes or dry_run or not plan.may_ask_for_detached):
             output.write(console, plan.why_empty())
             return
         output.write(console)
@@ -90,9 +108,9 @@ def clean(
                 output.write(console, line)
             return
         if not yes:
-            _ask(context, plan)
+            plan = _ask(cleaning, plan)
         success = True
-        for told, is_good in house.carry_out(plan):
+        for told, is_good in cleaning.carry_out(plan):
             success = success and is_good
             output.write(console, Text(printable(told), "" if is_good else "red"))
     context.exit(0 if success else 1)
@@ -111,10 +129,14 @@ class Ghost:
 class Plan:
     """What a clean-up would do.
 
-    ``files`` is what would be removed; ``why_not`` says why no process is stopped, if that is so.
+    ``ghosts`` are stopped, ``detached`` only ``with_detached``. ``files`` is what would be removed.
+    ``why_not`` says why no process is stopped, if that is so. Nothing of a run is removed while
+    processes of it live.
     """
 
     ghosts: tuple[Ghost, ...] = ()
+    detached: tuple[Ghost, ...] = ()
+    with_detached: bool = False
     spared: tuple[Ghost, ...] = ()
     dead: tuple[RegisteredRun, ...] = ()
     files: CleanReport = attrs.field(factory=CleanReport)
@@ -123,21 +145,28 @@ class Plan:
 
     @property
     def stoppable(self) -> tuple[Ghost, ...]:
-        return () if self.why_not is not None else self.ghosts
+        if self.why_not is not None:
+            return ()
+        return self.ghosts + self.detached if self.with_detached else self.ghosts
 
     @property
     def removable(self) -> tuple[RegisteredRun, ...]:
         """The dead runs of which nothing lives once this plan is carried out."""
-        outlived = () if self.why_not is None else self.ghosts
-        kept = {ghost.run.record.run_id for ghost in outlived}
+        kept = {g.run.record.run_id for g in self.ghosts + self.detached if g not in self.stoppable}
         return tuple(run for run in self.dead if run.record.run_id not in kept)
 
     @property
     def is_empty(self) -> bool:
         return not (self.stoppable or self.removable or self.files.removed)
 
+    @property
+    def may_ask_for_detached(self) -> bool:
+        return bool(self.detached) and not self.with_detached and self.why_not is None
+
     def why_empty(self) -> str:
-        if self.ghosts:
+        if self.detached and self.why_not is None:
+            return "Nothing to clean up; detached processes are stopped with --detached."
+        if self.ghosts or self.detached:
             return "Nothing can be cleaned up from here: see above."
         return "Nothing to clean up."
 
@@ -159,59 +188,54 @@ class Plan:
 
 
 @attrs.frozen
-class House:
-    """What is looked after: the runs of this user, or those of one project."""
+class Cleaning:
+    """Cleans up after the runs of this user, or those of one project."""
 
     registry: RunRegistry
     project: str | None
     sanitizer: GhostSanitizer
 
-    def survey(self) -> Plan:
+    def plan(self, *, detached: bool) -> Plan:
         """Only looks."""
-        runs = self.registry.runs()
-        shown = [run for run in runs if self.project in (None, run.record.project)]
-        members = Membership(runs)
-        dead = tuple(run for run in shown if not run.is_live)
-        survivors = [
-            Ghost(run, Finding(one.pid, one.create_time, one.command, "survivor", one.evidence))
-            for run, one in members.survivors(dead)
-        ]
-        known = {ghost.finding.pid for ghost in survivors}
-        alike = [
-            ghost for ghost in self._look_alikes(shown, members) if ghost.finding.pid not in known
-        ]
+        now = look(self.registry)
+        shown = [run for run in now.runs if self.project in (None, run.record.project)]
+        dead = tuple(run for run in shown if run.is_over)
+        survivors = [(run, one) for run in dead for one in now.survivors_of(run)]
+        known = {one.pid for _, one in survivors}
+        alike = [ghost for ghost in self._look_alikes(shown, now) if ghost.finding.pid not in known]
         twins = [ghost for ghost in alike if ghost.finding.evidence == "twin"]
-        outlived = {ghost.run.record.run_id for ghost in survivors}
-        why_not = Launch.from_environ(os.environ).reason_not_to_kill()
-        gone = [run for run in dead if why_not is None or run.record.run_id not in outlived]
-        files = TemporaryArtifacts().would_collect([run.record for run in gone])
-        return Plan(
-            ghosts=tuple(map(_weigh, survivors + twins)),
+        ghosts = [Ghost(run, _finding(one)) for run, one in survivors if not _may_go_on(one)]
+        left = [Ghost(run, _finding(one)) for run, one in survivors if _may_go_on(one)]
+        plan = Plan(
+            ghosts=tuple(map(_weigh, ghosts + twins)),
+            detached=tuple(map(_weigh, left)),
+            with_detached=detached,
             spared=(*(one for one in alike if one not in twins), *_defunct_leaders(dead)),
             dead=dead,
-            files=files,
-            why_not=why_not,
+            why_not=Launch.from_environ(os.environ).reason_not_to_kill(),
         )
+        return self._with_files(plan)
+
+    def with_detached(self, plan: Plan) -> Plan:
+        """The same plan, detached processes included."""
+        return self._with_files(attrs.evolve(plan, with_detached=True))
+
+    def _with_files(self, plan: Plan) -> Plan:
+        removable = [run.record for run in plan.removable]
+        return attrs.evolve(plan, files=TemporaryArtifacts().would_collect(removable))
 
     def carry_out(self, plan: Plan) -> Iterator[tuple[str, bool]]:
         """Do it. A line for each kind of thing, and whether it went well."""
         if plan.stoppable:
-            began = processes.now()
-            scene = Scene(
-                record=describe_this_run("orchard-infra"),
-                registry=self.registry,
-                why_not=plan.why_not,
-                logger=logging.getLogger("Infrastructure"),
-                began=began,
+            report = self.sanitizer.stop(
+                [ghost.finding for ghost in plan.stoppable],
+                self.registry,
+                reason_not_to_kill=plan.why_not,
             )
-            report = self.sanitizer.stop([ghost.finding for ghost in plan.stoppable], scene)
             yield from _tell_stopped(report, plan)
         # What still lives of a run keeps its record, the evidence against it.
-        runs = self.registry.runs()
         planned = {run.record.run_id for run in plan.removable}
-        dead = [run for run in runs if run.state is RunState.DEAD and run.record.run_id in planned]
-        outlived = {run.record.run_id for run, _ in Membership(runs).survivors(dead)}
-        dead = [run for run in dead if run.record.run_id not in outlived]
+        dead = self._without_survivors(planned)
         files = TemporaryArtifacts().collect([run.record for run in dead])
         removed = [run for run in dead if self.registry.remove(run)]
         self.registry.collect_unnamed()
@@ -225,12 +249,24 @@ class House:
             left = output.count(len(planned) - len(removed), "record")
             yield f"{left} kept: not everything of that run is gone", False
 
-    def _look_alikes(self, runs: Sequence[RegisteredRun], members: Membership) -> list[Ghost]:
+    def _without_survivors(self, run_ids: Container[str]) -> list[RegisteredRun]:
+        """Those of these runs of which nothing lives. Helpers of Python end by themselves a moment
+        after the processes that they serve.
+        """
+        deadline = time.monotonic() + _HELPERS_END
+        while True:
+            now = look(self.registry)
+            dead = [run for run in now.runs if run.is_over and run.record.run_id in run_ids]
+            left = [one for run in dead for one in now.survivors_of(run)]
+            if not any(one.is_helper for one in left) or time.monotonic() > deadline:
+                return [run for run in dead if not now.survivors_of(run)]
+            time.sleep(0.02)
+
+    def _look_alikes(self, runs: Sequence[RegisteredRun], now: Look) -> list[Ghost]:
         """Each process once, with the strongest evidence that there is against it."""
         found: dict[int, Ghost] = {}
         for run in runs:
-            argv = output.wrapped_command(run.record.argv)
-            for finding in self.sanitizer.look_alikes_of(run, members, self.registry, argv):
+            for finding in self.sanitizer.look_alikes_of(run, now.membership, self.registry):
                 known = found.get(finding.pid)
                 if finding.evidence == "defunct":
                     continue  # nobody knows what it ran: see `_defunct_leaders`
@@ -250,6 +286,17 @@ def describe(plan: Plan, console: Console) -> Iterator[Text]:
             )
         verdict = Text("stop", "red") if plan.why_not is None else Text("keep", "yellow")
         yield from _describe_ghosts(plan.ghosts, verdict, console)
+    if plan.detached:
+        yield Text("Detached processes of dead runs", "bold")
+        told = "Each has left the session of its run, or was left by a run that ended well. "
+        if plan.why_not is not None:
+            told += f"None is stopped: {plan.why_not}"
+        elif not plan.with_detached:
+            told += "Stopped only if you say so, or with --detached"
+        yield from output.wrapped(console, told, indent=2, style="yellow")
+        stopped = plan.why_not is None and plan.with_detached
+        verdict = Text("stop", "red") if stopped else Text("keep", "yellow")
+        yield from _describe_ghosts(plan.detached, verdict, console)
     if plan.spared:
         yield Text("Look-alikes", "bold")
         yield from _describe_ghosts(plan.spared, Text("keep", "green"), console)
@@ -324,7 +371,7 @@ def _kinds(files: CleanReport) -> str:
 
 
 def _tell_stopped(report: SanitizeReport, plan: Plan) -> Iterator[tuple[str, bool]]:
-    memory = {ghost.finding.identity: ghost.memory for ghost in plan.ghosts}
+    memory = {ghost.finding.identity: ghost.memory for ghost in plan.ghosts + plan.detached}
     for what, findings in (("stopped", report.stopped), ("killed", report.killed)):
         if findings:
             freed = output.size(sum(memory.get(finding.identity, 0) for finding in findings))
@@ -333,15 +380,33 @@ def _tell_stopped(report: SanitizeReport, plan: Plan) -> Iterator[tuple[str, boo
         yield f"not stopped: {finding.describe()}", False
 
 
-def _ask(context: click.Context, plan: Plan) -> None:
-    question = plan.summary()
+def _ask(cleaning: Cleaning, plan: Plan) -> Plan:
+    """The plan that the user agrees to. Detached processes have a question of their own."""
     try:
-        if click.confirm(f"{question[0].upper()}{question[1:]}?"):
-            return
-        click.echo("Nothing was done.")
+        if not plan.is_empty:
+            question = plan.summary()
+            _confirm(f"{question[0].upper()}{question[1:]}?")
+        if plan.may_ask_for_detached:
+            also = "Stop" if plan.is_empty else "Stop also"
+            number = output.count(len(plan.detached), "detached process", "detached processes")
+            memory = output.size(sum(ghost.memory for ghost in plan.detached))
+            if click.confirm(f"{also} {number} ({memory})?"):
+                return cleaning.with_detached(plan)
+            if plan.is_empty:
+                _stop_here("Nothing was done.")
     except click.Abort:
-        click.echo("\nNothing was done: nobody answered. With --yes it is done unasked.", err=True)
-    context.exit(1)
+        _stop_here("\nNothing was done: nobody answered. With --yes it is done unasked.", err=True)
+    return plan
+
+
+def _confirm(question: str) -> None:
+    if not click.confirm(question):
+        _stop_here("Nothing was done.")
+
+
+def _stop_here(told: str, *, err: bool = False) -> NoReturn:
+    click.echo(told, err=err)
+    raise click.exceptions.Exit(1)
 
 
 def _defunct_leaders(dead: Iterable[RegisteredRun]) -> Iterator[Ghost]:
@@ -355,6 +420,19 @@ def _defunct_leaders(dead: Iterable[RegisteredRun]) -> Iterator[Ghost]:
             why = f"dead, to be reaped by pid {stat.ppid}, {command_of(stat.ppid)}"
             finding = Finding(leader.pid, leader.create_time, f"[{stat.name}]", "defunct", why)
             yield Ghost(run, finding)
+
+
+def _may_go_on(survivor: Survivor) -> bool:
+    """Whether a survivor may be somebody's data: a tracker that uploads, a shell in tmux. One that
+    holds an accelerator is in everybody's way.
+    """
+    return survivor.kind == "detached" and not processes.holds_accelerator(survivor.pid)
+
+
+def _finding(survivor: Survivor) -> Finding:
+    return Finding(
+        survivor.pid, survivor.create_time, survivor.command, "survivor", survivor.evidence
+    )
 
 
 def _weigh(ghost: Ghost) -> Ghost:

@@ -10,7 +10,7 @@ import click
 from orchard_infra._version import __version__
 
 _COMMANDS = ("run", "status", "stop", "clean", "doctor")
-_MODULES = {"doctor": "doctor.command"}  # a command that is a folder
+_FOLDERS = ("run", "doctor")
 
 _EXAMPLES = """\b
 Examples:
@@ -32,7 +32,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = _MODULES.get(cmd_name, cmd_name)
+        module = f"{cmd_name}.command" if cmd_name in _FOLDERS else cmd_name
         command = getattr(import_module(f"orchard_infra.cli.{module}"), cmd_name)
         assert isinstance(command, click.Command)
         if cmd_name != "run":  # which has more to load, and does so itself once that is done

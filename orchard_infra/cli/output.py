@@ -110,32 +110,10 @@ def command(argv: Sequence[str]) -> str:
 
     >>> command(["/opt/conda/envs/digits/bin/python", "train.py", "--lr", "3"])
     'python train.py --lr 3'
-    >>> command(["/usr/bin/python3", "/usr/bin/orchard-infra", "run", "-p", "x", "--", "make"])
-    'orchard-infra run -p x -- make'
     """
-    if argv[1:] and argv[1].endswith("/orchard-infra"):
-        argv = argv[1:]
     if not argv:
         return ""
     return " ".join((argv[0].rpartition("/")[2], *argv[1:]))[:1000]
-
-
-def wrapped_command(argv: Sequence[str]) -> Sequence[str]:
-    """What a run executes: behind `orchard-infra run` it is the command, not the wrapper.
-
-    >>> wrapped_command(["/usr/bin/python3", "/usr/bin/orchard-infra", "run", "-p", "x", "make"])
-    ['make']
-    """
-    if not (argv[2:] and argv[1].endswith("/orchard-infra") and argv[2] == "run"):
-        return argv
-    from orchard_infra.cli.run import run
-
-    try:
-        context = run.make_context("run", list(argv[3:]), resilient_parsing=True)
-    except click.ClickException:
-        return argv
-    command: Sequence[str] = context.params.get("command") or argv
-    return list(command)
 
 
 def size(bytes_: int | None) -> str:

@@ -18,12 +18,16 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from orchard_infra.cli import output
-from orchard_infra.cli.trees import members_of, memory_of, survivors_of
-from orchard_infra.runs.membership import Membership
-from orchard_infra.runs.record import RunState, Survivor
-from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.inspect import (
+    ProcessIdentity,
+    RegisteredRun,
+    RunState,
+    Survivor,
+    look,
+    memory_of,
+)
+from orchard_infra.runs.registry import RunRegistry
 from orchard_infra.system import processes
-from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import printable
 
 _SAMPLE = 0.2  # seconds between two looks at the processor time, for one look at the runs
@@ -32,6 +36,7 @@ _INTERVAL = 1.0  # seconds between two looks with --watch
 _STATE_WORDS = {
     RunState.RUNNING: Text("running", "green"),
     RunState.WAITING: Text("waiting", "yellow"),
+    RunState.ENDED: Text("ended", "cyan"),
     RunState.SURVIVORS: Text("survivors only", "red"),
     RunState.DEAD: Text("dead", "dim"),
 }
@@ -115,8 +120,8 @@ class Row:
 
 
 @attrs.frozen
-class Look:
-    """One look at all runs; ``at`` is in epoch seconds."""
+class Snapshot:
+    """All runs at one moment; ``at`` is in epoch seconds."""
 
     at: float
     rows: tuple[Row, ...]
@@ -132,11 +137,10 @@ class Survey:
     _seconds: dict[ProcessIdentity, float] = attrs.field(factory=dict)
     _sampled_at: float | None = None
 
-    def look(self) -> Look:
-        runs = self.registry.runs()
-        shown = [run for run in runs if self.project in (None, run.record.project)]
-        survivors = survivors_of(shown, Membership(runs))
-        members = members_of(shown, survivors)
+    def look(self) -> Snapshot:
+        now = look(self.registry)
+        shown = [run for run in now.runs if self.project in (None, run.record.project)]
+        members = {run.record.run_id: now.members_of(run) for run in shown}
         if self._sampled_at is None and any(members.values()):
             self._sample(members)
             time.sleep(_SAMPLE)
@@ -145,21 +149,20 @@ class Survey:
         rows = []
         for run in shown:
             run_id = run.record.run_id
-            state = RunState.SURVIVORS if survivors.get(run_id) else run.state
             # The processes of another pid namespace cannot be told from here.
-            known = run.record.is_local or not run.is_live
+            known = run.record.is_local or run.is_over
             rows.append(
                 Row(
                     run=run,
-                    state=state,
+                    state=now.state_of(run),
                     members=members[run_id],
-                    survivors=survivors.get(run_id, ()),
+                    survivors=now.survivors_of(run),
                     cpu=cpu[run_id] if known else None,
                     memory=memory_of(members[run_id]) if known else None,
                     gpu=gpu.of(members[run_id]) if known else None,
                 )
             )
-        return Look(time.time(), tuple(rows), gpu)
+        return Snapshot(time.time(), tuple(rows), gpu)
 
     def _sample(self, members: Mapping[str, Iterable[ProcessIdentity]]) -> dict[str, float | None]:
         """The processor time that each run used since the last sample, in percent of one core."""
@@ -183,7 +186,7 @@ class Survey:
         return {run_id: 100 * sum(map(used, those)) / passed for run_id, those in members.items()}
 
 
-def to_json(look: Look) -> dict[str, Any]:
+def to_json(look: Snapshot) -> dict[str, Any]:
     """What ``--json`` prints. Its schema is in docs/cli.md; new fields may be added to it."""
     return {
         "version": 1,
@@ -217,7 +220,12 @@ def _row_to_json(row: Row, now: float) -> dict[str, Any]:
         "memory_bytes": row.memory,
         "gpu_memory_bytes": row.gpu,
         "survivors": [
-            {"pid": one.pid, "command": one.command, "evidence": one.evidence}
+            {
+                "pid": one.pid,
+                "command": one.command,
+                "evidence": one.evidence,
+                "kind": one.kind,
+            }
             for one in row.survivors
         ],
     }
@@ -273,7 +281,7 @@ def _is_younger(identity: ProcessIdentity, seconds: float) -> bool:
     return processes.now() - identity.create_time <= seconds
 
 
-def _print(look: Look, console: Console, *, as_json: bool, lines: bool = False) -> None:
+def _print(look: Snapshot, console: Console, *, as_json: bool, lines: bool = False) -> None:
     if as_json:
         click.echo(json.dumps(to_json(look), indent=None if lines else 2))
         return
@@ -295,7 +303,7 @@ def _watch(survey: Survey, console: Console) -> None:
 class _View:
     """The last look, drawn anew whenever the terminal asks: it may have another size by now."""
 
-    look: Look
+    look: Snapshot
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         clock = time.strftime("%H:%M:%S", time.localtime(self.look.at))
@@ -307,7 +315,7 @@ class _View:
             yield line
 
 
-def table(look: Look, width: int) -> Iterator[Text]:
+def table(look: Snapshot, width: int) -> Iterator[Text]:
     """The runs in lines of at most ``width`` columns.
 
     Where there is room a run is one line; elsewhere its command, directory and lock follow below.
@@ -342,7 +350,7 @@ def table(look: Look, width: int) -> Iterator[Text]:
     yield from _notes(look, width)
 
 
-def _columns(look: Look) -> list[list[Text]]:
+def _columns(look: Snapshot) -> list[list[Text]]:
     """The cells of the columns that are never left out for want of room, header first."""
     ranks = any(row.run.record.rank is not None for row in look.rows)
     gpu = look.gpu.library is not None
@@ -422,21 +430,26 @@ def _below(row: Row, detail: tuple[str, str, str], width: int, *, whole: bool) -
         else:
             yield Text(f"  in {output.shorten_path(cwd, width - 5)}", output.DETAIL)
             yield Text(f"  lock {output.shorten_path(lock, width - 7)}", output.DETAIL)
-    if not record.is_local and row.run.is_live:
-        here = record.host == socket.gethostname()
+    if not record.is_local and not row.run.is_over:
+        here = record.boot_id == processes.boot_id()
         where = "in another pid namespace" if here else f"on {record.host}"
         yield Text(f"  {output.shorten(f'{where}: its processes are unknown here', width - 2)}")
     # The workers of one pool show one command line.
-    alike: dict[tuple[str, str], list[str]] = {}
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for survivor in row.survivors:
-        alike.setdefault((survivor.evidence, survivor.command), []).append(str(survivor.pid))
-    for (evidence, command), pids in alike.items():
+        key = survivor.evidence, survivor.kind, survivor.command
+        alike.setdefault(key, []).append(str(survivor.pid))
+    for (evidence, kind, command), pids in alike.items():
         named = f"pid{'s' * (len(pids) > 1)} {', '.join(pids)}"
-        text = f"{named}, {evidence}: {output.command(command.split(' '))}"
-        yield Text(f"  {output.shorten(text, width - 2)}", "red")
+        detached = ", detached" if kind == "detached" else ""
+        text = f"{named}, {evidence}{detached}: {output.command(command.split(' '))}"
+        yield Text(f"  {output.shorten(text, width - 2)}", "yellow" if detached else "red")
+    if row.state is RunState.ENDED:
+        told = f"its program goes on, with {output.count(len(row.members), 'process', 'processes')}"
+        yield Text(f"  {output.shorten(told + ' that the run started', width - 2)}", output.DETAIL)
 
 
-def _notes(look: Look, width: int) -> Iterator[Text]:
+def _notes(look: Snapshot, width: int) -> Iterator[Text]:
     notes = []
     if look.gpu.library is not None and look.gpu.why_unknown is not None:
         notes.append(f"GPU memory is unknown: {look.gpu.why_unknown}")

@@ -4,7 +4,8 @@ The exit status is
 
 ===  ===========================================================================
   0  nothing of the run lives any more, whether it stopped or was killed
-  1  something of it still lives, or it is not one that can be stopped from here
+  1  something of it still lives, or it is not one that can be stopped from here, or it
+     has ended and only its program goes on
   2  the command line is wrong
   3  there is no such run
 130  interrupted by Ctrl-C: what was asked to stop goes on stopping
@@ -14,7 +15,6 @@ The exit status is
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,20 @@ from rich.console import Console
 from rich.text import Text
 
 from orchard_infra.cli import output
-from orchard_infra.cli.trees import members_of, survivors_of
-from orchard_infra.runs.membership import Membership, command_of, is_ours
-from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState
-from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.cli.asking import ask_to_stop
+from orchard_infra.inspect import (
+    Look,
+    ProcessIdentity,
+    RegisteredRun,
+    RunState,
+    command_of,
+    is_ours,
+    look,
+)
+from orchard_infra.runs.record import RUN_ID_VARIABLE
+from orchard_infra.runs.registry import RunRegistry
 from orchard_infra.system import processes
 from orchard_infra.system.killing import StopOutcome, stop_processes
-from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import printable
 
 NO_SUCH_RUN = 3
@@ -66,6 +73,7 @@ def stop(context: click.Context, target: str, grace: float) -> None:
 
     A PROJECT means all of its runs, those that wait for its lock first; a PID means the run that
     this process leads. What has not ended after the grace is killed, with all that belongs to it.
+    A run that has ended is not stopped with its program.
     """
     with output.errors_told():
         registry = RunRegistry()
@@ -128,7 +136,7 @@ class Stopping:
         results = [
             Result(_why_not_from_here(run), is_gone=False)
             for run in self.runs
-            if run.is_live and not run.record.is_local
+            if not run.is_over and not run.record.is_local
         ]
         targets = self._targets()
         began = time.monotonic()
@@ -137,19 +145,24 @@ class Stopping:
         with self._progress(targets) as show:
             self._wait_for_leaders(targets, began, show)
             outcome = self._stop_the_rest(targets, began + self.grace)
-        return results + [self._result(target, outcome) for target in targets]
+        results += [self._result(target, outcome) for target in targets]
+        return results + [
+            Result(_why_not_with_its_program(run), is_gone=False)
+            for run in self.runs
+            if _has_only_ended(run) and processes.is_alive(run.record.leader)
+        ]
 
     def _targets(self) -> list[_Target]:
         """Those that wait for a lock come first: else one of them would start when it goes free."""
-        here = [run for run in self.runs if run.record.is_local or not run.is_live]
-        runs = self.registry.runs()
+        here = [run for run in self.runs if run.is_over or (run.is_live and run.record.is_local)]
+        now = look(self.registry)
         for run in here:
             above = set(processes.ancestors(run.record.pid))
             self._enclosing.update(self.registry.lineage(run.record.run_id))
             self._enclosing.update(
                 other.record.run_id
-                for other in runs
-                if other.is_live and other.record.is_local and other.record.pid in above
+                for other in now.runs
+                if not other.is_over and other.record.is_local and other.record.pid in above
             )
         targets = [_Target(run, set()) for run in here]
         self._look_again(targets)
@@ -184,18 +197,17 @@ class Stopping:
         return outcome
 
     def _look_again(self, targets: Sequence[_Target]) -> None:
-        """Find who has come since, also of a run whose record is gone by now."""
+        """Find processes that have come since, also of a run whose record is gone by now."""
         runs = {run.record.run_id: run for run in self.registry.runs()}
-        current = []
         for target in targets:
             run = runs.get(target.run.record.run_id, target.run)
             if run.is_live and not processes.is_alive(run.record.leader):
                 run = attrs.evolve(run, state=RunState.SURVIVORS)
-            current.append(run)
-        found = members_of(current, survivors_of(current, Membership(tuple(runs.values()))))
+            runs[run.record.run_id] = run
+        now = Look(tuple(runs.values()))
         is_spared = self._spare()
         for target in targets:
-            new = set(found[target.run.record.run_id]) - target.members
+            new = set(now.members_of(runs[target.run.record.run_id])) - target.members
             target.members |= {member for member in new if not is_spared(member.pid)}
 
     def _stop(self, targets: Sequence[_Target], grace: float) -> StopOutcome:
@@ -208,8 +220,14 @@ class Stopping:
         A run within another one is below its leader, too: that does not make it the other's.
         """
         ours = {run.record.run_id for run in self.runs} | self._enclosing
-        others = Membership(
-            tuple(run for run in self.registry.runs() if run.record.run_id not in ours)
+        leaders = {run.record.leader for run in self.runs}
+        others = Look(
+            tuple(
+                run
+                for run in self.registry.runs()
+                # The earlier runs of a program end with it.
+                if run.record.run_id not in ours and run.record.leader not in leaders
+            )
         )
 
         def opted_out(pid: int) -> bool:
@@ -221,7 +239,7 @@ class Stopping:
         def is_spared(pid: int) -> bool:
             if not daemons and opted_out(pid):
                 return True
-            return not is_ours(pid) or others.live_run_of(pid) is not None
+            return not is_ours(pid) or others.run_of(pid) is not None
 
         return is_spared
 
@@ -285,34 +303,6 @@ class Stopping:
             yield show
 
 
-def ask_to_stop(leader: ProcessIdentity) -> bool:
-    """Send SIGTERM to this very process, if it is ours; whether it was sent."""
-    pidfd = None
-    try:
-        # Opened before the look: if it is still the process we mean, it is the one we opened.
-        with contextlib.suppress(AttributeError, OSError):  # no Linux, an old one, or gone
-            pidfd = os.pidfd_open(leader.pid)
-        if not processes.is_alive(leader) or not is_ours(leader.pid):
-            return False
-        _send(leader.pid, pidfd, signal.SIGTERM)
-        stat = processes.read_stat(leader.pid)
-        if stat is not None and stat.state == "T":  # it was stopped by Ctrl-Z, and sees no signal
-            _send(leader.pid, pidfd, signal.SIGCONT)
-        return True
-    except (ProcessLookupError, PermissionError):
-        return False
-    finally:
-        if pidfd is not None:
-            os.close(pidfd)
-
-
-def _send(pid: int, pidfd: int | None, signum: signal.Signals) -> None:
-    if pidfd is None:
-        os.kill(pid, signum)
-    else:
-        signal.pidfd_send_signal(pidfd, signum)
-
-
 def _named(runs: Sequence[RegisteredRun], target: str) -> list[RegisteredRun]:
     """The runs that a person means: those of a project, or the one that a process leads, with
     its ranks.
@@ -329,10 +319,10 @@ def _named(runs: Sequence[RegisteredRun], target: str) -> list[RegisteredRun]:
 
 
 def _why_none(registry: RunRegistry, target: str) -> str:
-    runs = registry.runs()
+    now = look(registry)
     if target.isdecimal() and len(target) < 10:
         pid = int(target)
-        run = Membership(runs).live_run_of(pid)
+        run = now.run_of(pid)
         if run is not None:
             record = run.record
             return (
@@ -340,7 +330,7 @@ def _why_none(registry: RunRegistry, target: str) -> str:
                 f"Stop that with: orchard-infra stop {record.pid}"
             )
         return f"pid {pid} leads no run of yours, and a process that is in no run is not touched"
-    projects = sorted({run.record.project for run in runs})
+    projects = sorted({run.record.project for run in now.runs})
     known = f"There are runs of: {', '.join(projects)}" if projects else "There are no runs"
     return f"no run of project {target}. {known}"
 
@@ -350,6 +340,19 @@ def _why_not_from_here(run: RegisteredRun) -> str:
     return (
         f"{record.project} (pid {record.pid}): runs on {record.host}, in another pid namespace or "
         "since another boot; it can only be stopped from there"
+    )
+
+
+def _has_only_ended(run: RegisteredRun) -> bool:
+    """Whether a run has ended, while its program goes on."""
+    return not run.is_live and not run.is_over
+
+
+def _why_not_with_its_program(run: RegisteredRun) -> str:
+    record = run.record
+    return (
+        f"{record.project} (pid {record.pid}): has ended, and its program goes on, which is not "
+        f"stopped; if you mean the program: kill {record.pid}"
     )
 
 

@@ -109,6 +109,12 @@ _FOREVER = "for ever"
     metavar="S",
     help="Seconds between SIGTERM and SIGKILL.",
 )
+@click.option(
+    "--stop-grace",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="The same after a stop signal; without it, until the sender kills.",
+)
 @click.option("--keep-background", is_flag=True, help="Leave what outlives the command.")
 @click.option(
     "--locked-exit",
@@ -131,6 +137,7 @@ def run(
     wait: float | None,
     allow_process_kill: bool,
     grace: float,
+    stop_grace: float | None,
     keep_background: bool,
     locked_exit: int,
     report: Path | None,
@@ -145,7 +152,7 @@ def run(
         raise click.UsageError("Say which lock to hold: either -p PROJECT or --lock-file PATH.")
     if sys.platform != "linux":
         raise click.ClickException("run works on Linux only; use managed_environment in Python")
-    from orchard_infra.cli.protected import ProtectedCommand, tell
+    from orchard_infra.cli.run.protected import ProtectedCommand, tell
 
     _occupy_standard_descriptors()
     if lock_file is None:
@@ -159,6 +166,7 @@ def run(
         ),
         timeout=wait,
         grace=grace,
+        stop_grace=stop_grace,
         keep_background=keep_background,
         locked_exit=locked_exit,
         command=command,

@@ -6,9 +6,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchard_infra.config import Settings
+from orchard_infra.locks.base import LockKey
 from orchard_infra.locks.file import FileLock
 from orchard_infra.runs.record import RunRecord
 from orchard_infra.system.text import duration, printable
@@ -22,39 +23,42 @@ _LOOK_AGAIN = 1.0  # seconds between two looks at who holds the lock
 
 
 class WaitingHandler(logging.Handler):
-    """Shows what the library logs before a command starts.
+    """Shows what the library logs around a command.
 
-    A file lock logs that it waits at once and every half minute; the first of these starts the
-    spinner on a terminal. Warnings are one line each.
+    The wait for a lock is logged at once and every half minute. The first of these records starts
+    the spinner on a terminal. Warnings are one line each.
     """
 
-    def __init__(self, project: str, lock: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
-        self._project = project
-        self._lock_path = lock
+        self._project = settings.project
+        self._key = LockKey(settings.project, settings.lock_path)
         self._tell = tell
         self._began = time.monotonic()
         self._live: Live | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not hasattr(record, "lock_path"):
-            if record.levelno >= logging.WARNING:
-                self._tell(record.getMessage())
-            return
-        holder = getattr(record, "holder", None)
+        if hasattr(record, "holder"):
+            if record.levelno == logging.INFO:
+                self._show_waiting(record.holder)
+            # A refusal is an error, and told with what to do on the command line.
+        elif record.levelno >= logging.WARNING and not record.msg.startswith("stop requested"):
+            # A stop is requested here only when the lock is lost, which is a line of its own.
+            self._tell(record.getMessage())
+
+    def stop_waiting(self) -> None:
+        """Leave nothing of the spinner on the terminal."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show_waiting(self, holder: RunRecord | None) -> None:
         if self._live is None:
             self._live = self._spin(holder)
         if self._live is None:
             who = holder.describe() if holder else "an unknown run"
             waited = duration(time.monotonic() - self._began)
             self._tell(f"waiting for project {self._project} ({waited}), held by {who}")
-
-    def close(self) -> None:
-        """Leave nothing of the spinner on the terminal."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        super().close()
 
     def _spin(self, holder: RunRecord | None) -> Live | None:
         if sys.stderr is None or not sys.stderr.isatty():
@@ -74,7 +78,7 @@ class WaitingHandler(logging.Handler):
             nonlocal shown, program, looked
             if time.monotonic() - looked > _LOOK_AGAIN:
                 looked = time.monotonic()
-                holder = FileLock().holder(self._lock_path)
+                holder = FileLock().holder(self._key)
                 if holder != shown:
                     shown, program = holder, _program_of(holder)
             spinner.update(text=self._line(shown, program))
@@ -102,6 +106,6 @@ class WaitingHandler(logging.Handler):
 
 
 def _program_of(holder: RunRecord | None) -> str:
-    from orchard_infra.cli.output import command, wrapped_command
+    from orchard_infra.cli.output import command
 
-    return "" if holder is None else command(wrapped_command(holder.argv))
+    return "" if holder is None else command(holder.argv)

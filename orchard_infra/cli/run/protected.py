@@ -1,0 +1,309 @@
+"""One command as one run: the session around it, and the report of what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import attrs
+
+from orchard_infra.cli.run.interrupts import Interrupted, interruptible
+from orchard_infra.cli.run.reaper import Reaper
+from orchard_infra.cli.run.supervisor import Supervisor
+from orchard_infra.cli.run.waiting import WaitingHandler
+from orchard_infra.config import Settings
+from orchard_infra.environment import Environment
+from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
+from orchard_infra.launch import Launch
+from orchard_infra.locks.file import FileLock
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor
+from orchard_infra.session import Session
+from orchard_infra.system import processes
+from orchard_infra.system.text import duration, printable
+
+CANNOT_SET_UP = 125
+CANNOT_EXECUTE = 126
+NOT_FOUND = 127
+
+# Whoever presses Ctrl-C, or closes the pipe with `| head`, knows how it ended.
+_NOT_WORTH_A_WORD = (signal.SIGINT, signal.SIGPIPE)
+
+
+@attrs.define(eq=False)
+class ProtectedCommand:
+    """One command from prepare to release; ``report`` is what there is to tell of it."""
+
+    settings: Settings
+    timeout: float | None
+    grace: float
+    stop_grace: float | None
+    keep_background: bool
+    locked_exit: int
+    command: tuple[str, ...]
+    report: dict[str, Any] = attrs.field(factory=dict)
+
+    def carry_out(self) -> int:
+        """Everything; the exit status."""
+        self.report.update(
+            orchard_infra_run=1,
+            outcome="failed",
+            exit_status=None,
+            signal=None,
+            oom_killed=None,
+            message=None,
+            project=self.settings.project,
+            lock=str(self.settings.lock_path),
+            lock_lost=False,
+            run_id=None,
+            joined=False,
+            command=list(self.command),
+            cwd=_working_directory(),
+            pid=None,
+            started_at=time.time(),
+            waited_seconds=0.0,
+            command_seconds=0.0,
+            leftovers=[],
+            holder=None,
+        )
+        began = time.monotonic()
+        try:
+            status = self._carry_out(began)
+        except EnvironmentLockedError as error:
+            status = self.locked_exit
+            self._conclude("locked", self._why_locked(error, time.monotonic() - began))
+            if error.holder is not None:
+                self.report["holder"] = attrs.asdict(error.holder)
+        except Interrupted as signalled:
+            status = 128 + signalled.signum
+            self._conclude("interrupted", f"{signalled} before the command was started")
+        except (InfrastructureError, OSError) as error:
+            status = CANNOT_SET_UP
+            self._conclude("failed", str(error))
+        self.report["exit_status"] = status
+        self.report["ended_at"] = time.time()
+        return status
+
+    def _carry_out(self, began: float) -> int:
+        supervisor = Supervisor(tell)
+        supervisor.prepare()
+        session = self._session()
+        with interruptible(), _shown(session):
+            env = session.prepare()
+            supervisor.begin()  # from here on nothing interrupts us
+        self.report["joined"] = env.joined
+        self.report["run_id"] = env.run.run_id
+        self.report["waited_seconds"] = round(time.monotonic() - began, 3)
+        try:
+            return self._supervise(supervisor, session)
+        finally:
+            self.report["lock_lost"] = env.lock_lost
+            with contextlib.suppress(ReleaseError):  # each failure was logged, and so told
+                session.close()
+
+    def _session(self) -> Session:
+        logger = logging.Logger("orchard-infra", logging.INFO)
+        return Session(
+            settings=self.settings,
+            launch=Launch.from_environ(os.environ),
+            logger=logger,
+            sanitizer=_Sanitizer(self.grace),
+            locker=FileLock(),
+            cleaner=None,
+            timeout=self.timeout,
+            command=self.command,
+        )
+
+    def _supervise(self, supervisor: Supervisor, session: Session) -> int:
+        began = time.monotonic()
+        try:
+            supervisor.start(self.command, os.environ, hold=session.descriptors())
+        except (OSError, ValueError) as error:
+            self._conclude("not started", f"{self.command[0]}: {_why_not_started(error)}")
+            return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
+        gc.enable()
+        self.report["pid"] = supervisor.pid
+        ending = supervisor.wait()
+        self.report["command_seconds"] = round(time.monotonic() - began, 3)
+        message = None
+        if ending.oom is not None:
+            message = (
+                f"{_shortened(self.command)} ended with {_how(ending.status, ending.signal)}, and "
+                f"the kernel's out-of-memory killer struck {ending.oom} meanwhile"
+            )
+            self.report["oom_killed"] = ending.oom
+        elif ending.signal is not None and ending.signal not in _NOT_WORTH_A_WORD:
+            message = (
+                f"{_shortened(self.command)} (pid {supervisor.pid}) was ended by "
+                f"{_how(ending.status, ending.signal)}"
+            )
+        self._conclude("ended" if ending.signal is None else "signaled", message)
+        if ending.signal is not None:
+            self.report["signal"] = _signal_name(ending.signal)
+        bystanders = _Bystanders(session.env)
+        reaper = Reaper(supervisor, tell, self.grace, self.stop_grace, bystanders.describe)
+        leftovers = reaper.survey() if self.keep_background else reaper.clear()
+        self.report["leftovers"] = [attrs.asdict(leftover) for leftover in leftovers]
+        return ending.status
+
+    def _conclude(self, outcome: str, message: str | None) -> None:
+        self.report["outcome"] = outcome
+        self.report["message"] = message
+        if message is not None:
+            tell(message)
+
+    def _why_locked(self, error: EnvironmentLockedError, waited: float) -> str:
+        lock = f"project {self.settings.project} is locked ({self.settings.lock_path})"
+        if error.survivors:
+            listed = "; ".join(survivor.describe() for survivor in error.survivors)
+            pids = " ".join(str(survivor.pid) for survivor in error.survivors)
+            return (
+                f"{lock}: the run that held it is dead, but processes of it still live: {listed}. "
+                f"Stop them with --allow-process-kill, or: kill {pids}"
+            )
+        since = f" after waiting {duration(waited)}" if waited >= 1 else ""
+        if error.holder is None:
+            return f"{lock}{since}, nobody knows by whom; look with: fuser -v {error.lock_path}"
+        return (
+            f"{lock}{since} by {error.holder.describe()}. Wait for it with --wait, stop it with: "
+            f"orchard-infra stop {error.holder.pid}, or use another project name"
+        )
+
+
+@contextlib.contextmanager
+def _shown(session: Session) -> Iterator[None]:
+    """Show what the session logs: the wait while it prepares, warnings also afterwards."""
+    gc.enable()  # waiting may take days
+    handler = WaitingHandler(session.settings, tell)
+    session.logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        handler.stop_waiting()
+
+
+@attrs.frozen
+class _Sanitizer:
+    """`GhostSanitizer`, loaded where it may have something to do: most commands are started on a
+    clean machine, and must start fast.
+    """
+
+    grace: float
+
+    def around(self, env: Environment) -> AbstractContextManager[object]:
+        if env.reason_not_to_kill is not None and not env.allow_process_kill:
+            env.reason_not_to_kill = "--allow-process-kill is not given"
+        if not env.is_leader or not self._may_find_ghosts(env):
+            return contextlib.nullcontext()
+        from orchard_infra.sanitizing.ghosts import GhostSanitizer
+
+        return GhostSanitizer(grace=self.grace).around(env)
+
+    def clear_dead(self, dead: RunRecord, env: Environment) -> Sequence[Survivor]:
+        from orchard_infra.sanitizing.ghosts import GhostSanitizer
+
+        return GhostSanitizer(grace=self.grace).clear_dead(dead, env)
+
+    def _may_find_ghosts(self, env: Environment) -> bool:
+        assert env.command is not None
+        if "python" in os.path.basename(env.command[0]):  # only such commands have twins
+            return True
+        return any(not run.is_live for run in env.registry.runs(without=env.run.run_id))
+
+
+@attrs.frozen
+class _Cleaner:
+    """`TemporaryArtifacts`, loaded when it is entered."""
+
+    def around(self, env: Environment) -> AbstractContextManager[object]:
+        from orchard_infra.artifacts.temporary import TemporaryArtifacts
+
+        return TemporaryArtifacts().around(env)
+
+
+@attrs.define
+class _Bystanders:
+    """Processes below us that are none of the command's: they opted out of this run.
+
+    A run that was started inside this one is a part of it, as a rank of a job is, whatever its
+    project. One that was started with another run's id, or with none, is not, if it is live. The
+    runs that we are in ourselves do not count: all that we start is in them.
+    """
+
+    env: Environment
+    _outer: set[str] | None = None
+
+    def describe(self, pid: int) -> str | None:
+        """Why this process is a bystander; None when it is not."""
+        from orchard_infra.inspect import Look
+
+        if processes.started_with(pid, RUN_ID_VARIABLE, ("",)) is not None:
+            return f"it opted out with an empty {RUN_ID_VARIABLE}"
+        registry, run_id = self.env.registry, self.env.run.run_id
+        runs = registry.runs()
+        if self._outer is None:
+            around = Look(runs).run_of(os.getppid())
+            self._outer = {
+                *registry.lineage(run_id),
+                *registry.lineage(around.record.run_id if around else None),
+            }
+        others = tuple(
+            run
+            for run in runs
+            if run.record.run_id not in self._outer
+            and run_id not in registry.lineage(run.record.run_id)
+        )
+        other = Look(others).run_of(pid) if others else None
+        if other is None:
+            return None
+        return f"it belongs to a {other.state.value} run of project {other.record.project}"
+
+
+def tell(text: str) -> None:
+    """One line to the user, and never an error: stderr may be closed, or a pipe that is."""
+    try:
+        os.write(2, f"orchard-infra: {printable(text)}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass
+
+
+def _why_not_started(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "command not found"
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOEXEC:
+            return "cannot be executed: neither a binary nor a script with a #! line"
+        return f"cannot be executed: {error.strerror}"
+    return f"cannot be executed: {error}"  # such as an empty name
+
+
+def _how(status: int, signum: int | None) -> str:
+    if signum is None:
+        return f"exit status {status}"
+    return f"{_signal_name(signum)} (exit status {status})"
+
+
+def _signal_name(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:  # a real-time signal
+        return f"signal {signum}"
+
+
+def _shortened(command: Sequence[str]) -> str:
+    words = " ".join(command)
+    return words if len(words) <= 80 else f"{words[:77]}..."
+
+
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
