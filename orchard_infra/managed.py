@@ -203,10 +203,11 @@ class managed_environment:
 
 def _is_ours(manager: object) -> TypeGuard[InfrastructureManager]:
     """Not a subclass that prepares or releases in its own way."""
+    if not isinstance(manager, InfrastructureManager):
+        return False
     kind = type(manager)
     return (
-        isinstance(manager, InfrastructureManager)
-        and kind.prepare_environment is InfrastructureManager.prepare_environment
+        kind.prepare_environment is InfrastructureManager.prepare_environment
         and kind.release_resources is InfrastructureManager.release_resources
     )
 

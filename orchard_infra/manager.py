@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -16,7 +15,7 @@ from orchard_infra.config import HardwareAwareConfig, Settings, read_config, rea
 from orchard_infra.devices.torch_caches import TorchCacheFlusher
 from orchard_infra.environment import Environment, Strategy
 from orchard_infra.errors import ConfigurationError
-from orchard_infra.launch import Launch
+from orchard_infra.launch import this_launch
 from orchard_infra.locks.base import Lock
 from orchard_infra.locks.file import FileLock
 from orchard_infra.sanitizing.ghosts import GhostSanitizer
@@ -130,7 +129,7 @@ class InfrastructureManager:
             )
         return Session(
             settings=cfg if isinstance(cfg, Settings) else read_config(cfg),
-            launch=Launch.from_environ(os.environ),
+            launch=this_launch(),
             logger=as_logger(logger),
             sanitizer=self.sanitizer,
             locker=self.locker,
@@ -190,11 +189,11 @@ def _prepared_for(cfg: object) -> Session | None:
     for session in sessions:
         if session.cfg is cfg:
             return session
-    path, as_given = read_lock_path(cfg)
+    lock = read_lock_path(cfg)
     for session in sessions:
-        if session.settings.lock_path == path:
+        if session.settings.lock_path == lock.path:
             return session
     for session in sessions:
-        if session.settings.lock_path_as_given == as_given:
+        if session.settings.lock_path_given == lock.given:
             return session
     return None

@@ -373,7 +373,7 @@ class Session:
         elif self.locker is None:
             parts.append("no lock: there is no locker")
         else:
-            parts.append(f"no lock: {self.launch.describe()}; rank 0 holds it")
+            parts.append(f"no lock: {self.launch.reason_not_to_lock()}")
         stopped = len(report.sanitized.stopped) + len(report.sanitized.killed)
         if stopped:
             parts.append(f"{stopped} processes of earlier runs stopped")
