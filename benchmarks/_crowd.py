@@ -1,7 +1,7 @@
 """A machine that is full of other people's processes: sleeping ones, here.
 
-Most of them are `sleep`; some are Python processes, of which a look at the machine has to find
-out that they run another script. As a program it holds them until its stdin is closed.
+Most of them are `sleep`. Some are Python processes: a look at the machine has to find out that
+they run another script. As a program it holds them until its stdin is closed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LIFETIME = 1800  # seconds, in case that nobody is left to end them
 def crowd(
     *, sleeping: int = 0, pythons: int = 0, stubborn: int = 0, runs: int = 0
 ) -> Iterator[tuple[int, ...]]:
-    """So many processes for the length of a block; the pids of the stubborn ones.
+    """Keep so many processes for the length of a block. Yields the pids of the stubborn ones.
 
-    ``runs`` is how many live runs are on record, led by no process of its own.
+    ``runs`` is how many live runs are on record, all of them led by one process.
     """
     numbers = [str(number) for number in (sleeping, pythons, stubborn, runs)]
     with holding(python(str(Path(__file__)), *numbers)) as line:
@@ -52,7 +52,7 @@ def holding(command: Sequence[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def children() -> Iterator[set[int]]:
-    """A set for the pids of children: whatever happens in the block, they end with it."""
+    """A set for the pids of children, which end with the block, whatever happens in it."""
     alive: set[int] = set()
     try:
         yield alive
@@ -93,7 +93,7 @@ def fork_sleeper(*, ignoring: signal.Signals | None = None) -> int:
         try:
             if ignoring is not None:
                 signal.signal(ignoring, signal.SIG_IGN)
-            # Else whoever reads our output would wait for its end as well.
+            # Without this, a reader of our output would wait for the end of this child, too.
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(null, 1)

@@ -1,8 +1,9 @@
 """Stopping processes that ignore SIGTERM: one grace period for all of them, then SIGKILL.
 
 `stop_processes` and the recipe in psutil's documentation (terminate, wait_procs, kill,
-wait_procs) are given processes of another parent; a managed_environment is left with children
-that it has to stop when it ends. What is shown is the time beyond the grace period.
+wait_procs) are given processes of another parent. A managed_environment with
+`GhostSanitizer(leftovers="stop")` has to stop children when it ends. What is shown is the time
+beyond the grace period.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from orchard_infra.system import processes
 from orchard_infra.system.killing import stop_processes
 
 NUMBERS = (1, 8, 64)
-PARTS = ("stop_processes", "psutil's recipe", "managed_environment, leftovers")
+PARTS = ("stop_processes", "psutil's recipe", 'managed_environment, leftovers="stop"')
 
 
 def measure(quick: bool, directory: Path) -> Outcome:
@@ -83,7 +84,10 @@ def _time_to_end(stop: Callable[[Sequence[int]], None], number: int) -> float:
 
 def _leftovers(number: int, grace: float) -> float:
     manager = InfrastructureManager(
-        sanitizer=GhostSanitizer(grace=grace), flusher=None, cleaner=None, stopper=None
+        sanitizer=GhostSanitizer(grace=grace, leftovers="stop"),
+        flusher=None,
+        cleaner=None,
+        stopper=None,
     )
     cfg = EnvironmentConfig("stubborn", allow_process_kill=True)
     with managed_environment(cfg, manager=manager):

@@ -296,6 +296,15 @@ def this_launch() -> Launch:
     return Launch.from_environ(os.environ, started_by=_launcher_process(launch))
 
 
+def scheduler_job(environ: Mapping[str, str]) -> str | None:
+    """The job of a scheduler that a process was started in; None outside of any, and where the
+    scheduler does not name it.
+    """
+    scheduler, _ = _find_scheduler(environ)
+    name = _name_of(environ, _JOBS_OF_SCHEDULERS.get(scheduler or "", ()))
+    return None if name is None else f"{scheduler} {name}"
+
+
 def is_same_job(job: str | None, other: str | None) -> bool:
     """Whether two values of `Launch.job` name the same job.
 

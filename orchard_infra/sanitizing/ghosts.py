@@ -3,155 +3,79 @@
 A process that looks like this run may be a stranger's three-day job. So there is a short list of
 what counts as evidence, each with its own default:
 
-===========  ==========================================================  =====================
-evidence     what it is                                                  when killing is allowed
-===========  ==========================================================  =====================
-survivor     belongs to a dead run (see `orchard_infra.membership`)      stopped
-leftover     was started inside this run's block and outlives it         stopped
-twin         same user, program, arguments, directory and devices,       stopped
-             in no live run, older than this run
-relative     same program, and anything else differs                     spared, with a warning
-defunct      dead and not reaped                                         named with its parent
-===========  ==========================================================  =====================
+==================  =====================================================  =====================
+evidence            what it is                                             if killing is allowed
+==================  =====================================================  =====================
+survivor: worker    a fork or a multiprocessing worker of a dead program   stopped
+survivor: program   another program that a crashed run started, in the     stopped
+                    session of that run
+survivor: detached  it has a session of its own, or its run ended well     reported; stopped if it
+                                                                           holds an accelerator
+twin                same user, program, arguments, directory and           stopped
+                    environment, in no live run, older than this run
+relative            same program, other arguments or environment           reported
+defunct             dead and not reaped                                    reported, with the
+                                                                           parent that should reap
+==================  =====================================================  =====================
 
 Nothing outweighs the registry: a process of a live or waiting run is spared whatever it looks
-like. Where killing is not allowed the same processes are reported, and left alone.
+like. Where killing is not allowed, the same processes are reported and left alone. What this run
+started itself is another matter, see `orchard_infra.sanitizing.leftovers`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
-import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
 
 import attrs
 
+from orchard_infra.environment import Environment
+from orchard_infra.launch import scheduler_job
+from orchard_infra.report import Finding, SanitizeReport
 from orchard_infra.runs.membership import (
     Membership,
     command_of,
     has_led_a_run,
     is_ours,
     kin,
-    orphans_of,
-    own_pids,
 )
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
-from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, resolve
+from orchard_infra.sanitizing import exiting
+from orchard_infra.sanitizing.helpers import is_forkserver, is_tracker
+from orchard_infra.sanitizing.leftovers import Block
+from orchard_infra.sanitizing.twins import Look, Scan
 from orchard_infra.system import processes
 from orchard_infra.system.killing import stop_processes
+from orchard_infra.system.masking import interruptible
 from orchard_infra.system.processes import ProcessIdentity
-from orchard_infra.system.text import printable
 
-# What decides which device a program sees. CUDA, ROCm, Intel, Ascend, containers of NVIDIA's.
-_DEVICE_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
-    "ROCR_VISIBLE_DEVICES",
-    "ZE_AFFINITY_MASK",
-    "ASCEND_RT_VISIBLE_DEVICES",
-    "NVIDIA_VISIBLE_DEVICES",
-)
-# Helpers of the multiprocessing module. They end with the process that they serve, and stopping
-# them first makes it complain of leaked semaphores.
-_MULTIPROCESSING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 _LOOKS = 5  # at what processes have started while others were stopped
-
-
+_TRACKERS = 1.0  # seconds that resource trackers have to clean up and end
 _LEFT_WELL = "its run ended well, and the program goes on"
-
-
-@attrs.frozen
-class Finding:
-    """One process: which evidence there is against it, and why it was or was not stopped.
-
-    ``parent`` is the pid of the process that should reap a defunct one.
-    """
-
-    pid: int
-    create_time: float
-    command: str
-    evidence: str
-    reason: str = ""
-    parent: int | None = None
-
-    @property
-    def identity(self) -> ProcessIdentity:
-        return ProcessIdentity(self.pid, self.create_time)
-
-    def describe(self) -> str:
-        """One line, safe for a terminal."""
-        reason = f", {self.reason}" if self.reason else ""
-        return printable(f"pid {self.pid} ({self.evidence}{reason}): {self.command}")
-
-
-@attrs.frozen
-class SanitizeReport:
-    """What became of the processes that were looked at.
-
-    ``stopped`` left when asked, ``killed`` had to be; ``denied`` could not be signalled, or did
-    not go even then (uninterruptible sleep).
-    """
-
-    stopped: tuple[Finding, ...] = ()
-    killed: tuple[Finding, ...] = ()
-    spared: tuple[Finding, ...] = ()
-    defunct: tuple[Finding, ...] = ()
-    denied: tuple[Finding, ...] = ()
-
-    def __add__(self, other: SanitizeReport) -> SanitizeReport:
-        return SanitizeReport(
-            *(getattr(self, name) + getattr(other, name) for name in attrs.fields_dict(type(self)))
-        )
-
-
-@attrs.frozen
-class Scene:
-    """All that a sanitizer is told: whose run it is, who else is on record, what it may do.
-
-    ``why_not`` says why nothing may be stopped; None when it may be. ``began`` is when the run
-    did, on the clock of `ProcessIdentity`; ``before`` are the descendants it had by then. ``argv``
-    is what the run executes, where that is a command and not this very process.
-    """
-
-    record: RunRecord
-    registry: RunRegistry
-    why_not: str | None
-    logger: logging.Logger
-    began: float
-    before: frozenset[ProcessIdentity] = frozenset()
-    argv: tuple[str, ...] | None = None
-
-
-class Sanitizer(Protocol):
-    """Deals with processes of earlier runs, and of this one when it ends."""
-
-    def sanitize(self, scene: Scene) -> SanitizeReport:
-        """Called under the lock, before the run begins."""
-        ...
-
-    def stop_survivors(self, dead: RunRecord, scene: Scene) -> tuple[Survivor, ...]:
-        """Called when a dead run's processes hold the lock; returns those that still live."""
-        ...
-
-    def stop_leftovers(self, scene: Scene) -> SanitizeReport:
-        """Called when the run ends: what was started inside the block and still lives."""
-        ...
+_DETACHED = "has a session of its own, or its run ended well"
 
 
 @attrs.frozen
 class GhostSanitizer:
-    """Stops ghosts on proof.
+    """Stops ghosts of earlier runs on proof, and reports what a run leaves to its program.
 
     ``match="script"`` takes relatives for ghosts, too: a sweep that has not registered yet looks
     just like one, so that is for machines that run one script at a time. ``grace`` is how long,
     in seconds, all of them together have between SIGTERM and SIGKILL. ``dry_run`` reports
     without a signal. ``spare(pid)`` excludes a process. ``patience``, in seconds, is how long to
     wait for survivors that may not be stopped: idle DataLoader workers leave within five.
+
+    ``leftovers="stop"`` is for batch programs that end with their block: what the block started
+    is stopped at its end, if the configuration allows killing. By default it goes on, because the
+    program does: a pool is used again, a tracker still uploads.
     """
 
     match: Literal["command", "script"] = attrs.field(
@@ -161,52 +85,75 @@ class GhostSanitizer:
     dry_run: bool = False
     spare: Callable[[int], bool] | None = attrs.field(default=None, kw_only=True)
     patience: float = attrs.field(default=6.0, kw_only=True, validator=attrs.validators.ge(0))
+    leftovers: Literal["report", "stop"] = attrs.field(
+        default="report", kw_only=True, validator=attrs.validators.in_(("report", "stop"))
+    )
 
-    def sanitize(self, scene: Scene) -> SanitizeReport:
-        """See `Sanitizer.sanitize`: survivors of this project's dead runs, then look-alikes."""
+    @contextlib.contextmanager
+    def around(self, env: Environment) -> Iterator[None]:
+        """See `orchard_infra.environment.Strategy`."""
+        if env.is_leader:
+            with interruptible():  # it may take the whole grace period
+                self.sanitize(env)
+        env.before_release(functools.partial(self._look_back, env, Block.begin()))
+        yield
 
-        def survivors() -> list[Finding]:
-            runs = scene.registry.runs()
-            dead = [run for run in runs if not run.is_live and run.record.lock == scene.record.lock]
-            return _as_ghosts(survivor for _, survivor in Membership(runs).survivors(dead))
+    # Processes of earlier runs.
 
-        report, known = self._stop_again(survivors, scene)
-        members = Membership(scene.registry.runs())
-        suspects = [f for f in self.look_alikes(scene, members) if f.identity not in known]
-        guilty = [finding for finding in suspects if finding.evidence == "twin"]
-        if self.match == "script":
-            guilty += [finding for finding in suspects if finding.evidence == "relative"]
-        guilty, cleared = self._settle(guilty, scene)
-        spared = cleared + [f for f in suspects if f not in guilty and f.evidence != "defunct"]
-        spared = list({finding.pid: finding for finding in spared}.values())
-        report += self._stop(guilty, scene)
-        report += SanitizeReport(
-            spared=tuple(spared), defunct=tuple(f for f in suspects if f.evidence == "defunct")
-        )
-        _log(report, scene.logger)
-        return report
+    def sanitize(self, env: Environment) -> None:
+        """Stop survivors of this project's dead runs, then look-alikes, as far as allowed. What
+        became of them is in ``env.report.sanitized``.
+        """
 
-    def look_alikes(self, scene: Scene, members: Membership) -> list[Finding]:
-        """Twins, relatives and defunct processes, with the reason for each. Only looks."""
-        me = _Look.at_myself() if scene.argv is None else _Look.at(os.getpid(), scene.argv)
-        return [] if me is None else self._look_around(me, members, scene.registry)
+        def survivors() -> list[tuple[RegisteredRun, Survivor]]:
+            runs = env.registry.runs()
+            dead = [run for run in runs if run.is_over and _is_same_project(run, env.run)]
+            return list(Membership(runs).survivors(dead))
+
+        report, known = self._stop_survivors(survivors, env)
+        me = Look.at_myself() if env.command is None else Look.at(os.getpid(), env.command)
+        if me is not None:
+            report += self._stop_look_alikes(me, known, env)
+        env.report.sanitized += report
+        _log(report, env.logger)
+
+    def clear_dead(self, dead: RunRecord, env: Environment) -> Sequence[Survivor]:
+        """Stop what holds the lock of a dead run, where that is allowed; returns what is left.
+
+        Processes that end by themselves are waited for. A fork that has started a session of its
+        own is stopped here if it has the lock open: no run of the project would ever start again.
+        """
+        run = env.registry.find(dead.run_id) or RegisteredRun(dead, RunState.DEAD)
+        own_job = _own_job(env)
+        may_stop = (env.reason_not_to_kill is None or own_job is not None) and not self.dry_run
+        deadline = time.monotonic() + min(self.patience, 0.5 if may_stop else self.patience)
+
+        def survivors() -> list[tuple[RegisteredRun, Survivor]]:
+            return list(Membership(env.registry.runs()).survivors([run]))
+
+        while found := survivors():
+            while any(processes.is_alive(survivor.identity) for _, survivor in found):
+                if time.monotonic() >= deadline:
+                    if may_stop:
+                        report, _ = self._stop_survivors(survivors, env, env.lock_path)
+                        env.report.sanitized += report
+                        _log(report, env.logger)
+                        found = survivors()
+                    return tuple(survivor for _, survivor in found)
+                time.sleep(0.02)
+        return ()
 
     def look_alikes_of(
-        self,
-        run: RegisteredRun,
-        members: Membership,
-        registry: RunRegistry,
-        argv: Sequence[str] | None = None,
+        self, run: RegisteredRun, members: Membership, registry: RunRegistry
     ) -> list[Finding]:
         """Look-alikes of a run's program, seen from outside. Only looks.
 
-        ``argv`` is what the run executes, where that is not what its record says. A dead run has
-        left less to compare: in doubt a process is its relative.
+        A dead run has left less to compare: in doubt a process is its relative.
         """
-        me = _Look.at_run(run.record, run.record.argv if argv is None else argv)
+        me = Look.at_run(run.record)
         if me is None:
             return []
-        # So long this program needs, from its start, to register.
+        # The time that this program needs from its start until it registers.
         started = time.time() - _age(run.record.leader)
         settled = min(max(2.0, 2 * (run.record.started_at - started)), 60.0)
         found = []
@@ -215,228 +162,33 @@ class GhostSanitizer:
                 finding = attrs.evolve(
                     finding, evidence="look-alike", reason="so young that it may register yet"
                 )
-            elif finding.evidence == "twin" and not run.is_live:
-                # Its devices are not on record: a process that chose some is no twin of it.
-                reason = "same program, arguments and directory, and older than the dead run"
-                finding = attrs.evolve(finding, reason=reason)
             # That one live run looks like another one, or like itself, is nothing to tell.
             if not run.is_live or members.live_run_of(finding.pid) is None:
                 found.append(finding)
         return found
 
-    def stop(self, ghosts: Sequence[Finding], scene: Scene) -> SanitizeReport:
-        """Stop what was found, trees included, unless the scene forbids it. What belongs to a live
-        run by now is spared.
-        """
-        return self._stop(list(ghosts), scene)
-
-    def _look_around(self, me: _Look, members: Membership, registry: RunRegistry) -> list[Finding]:
-        kindred = functools.cache(kin)  # mostly there is nobody to compare it with
-        found = []
-        for pid in own_pids():
-            if pid == me.pid:
-                continue
-            cmdline = processes.read_cmdline(pid)
-            if not cmdline:
-                finding = _defunct(pid, me)
-            elif might_be_python(cmdline):
-                finding = self._judge(pid, cmdline, me, members, registry)
-            else:
-                continue
-            if finding is not None and finding.pid not in kindred():
-                found.append(finding)
-        return found
-
-    def _judge(
-        self, pid: int, cmdline: bytes, me: _Look, members: Membership, registry: RunRegistry
-    ) -> Finding | None:
-        argv = processes.split_cmdline(cmdline)
-        other = _Look.at(pid, argv) if me.may_be_run_by(pid, argv) else None
-        if other is None or other.program is None or me.program is None:
-            return None
-        if (other.program.kind, other.program.target) != (me.program.kind, me.program.target):
-            return None
-        if not is_ours(pid):
-            return None
-
-        def finding(evidence: str, reason: str) -> Finding:
-            return Finding(pid, other.create_time, command_of(pid), evidence, reason)
-
-        run = members.live_run_of(pid)
-        if run is not None:
-            state = f"{run.state.value} run of project {run.record.project}"
-            return finding("look-alike", f"belongs to a {state} (pid {run.record.pid})")
-        if has_led_a_run(pid, registry):
-            return finding("look-alike", _LEFT_WELL)
-        if self.spare is not None and self.spare(pid):
-            return finding("look-alike", "excluded by the caller")
-        difference = other.difference(me)
-        if difference:
-            return finding("relative", difference)
-        if other.create_time > me.create_time:
-            return finding("look-alike", "started after this run: no ghost, it may register yet")
-        return finding("twin", "same program, arguments, directory and devices")
-
-    def _settle(self, guilty: list[Finding], scene: Scene) -> tuple[list[Finding], list[Finding]]:
-        """Give young suspects the time to register: two runs that start together must not shoot
-        each other. They need about as long as this process needed to come here.
-        """
-        if scene.why_not is not None or self.dry_run or not guilty:
-            return guilty, []
-        began = time.monotonic()
-        own_age = _age(scene.record.leader)
-        settled = min(max(2.0, 2 * own_age), 10.0)
-        cleared: dict[int, Finding] = {}
-        while True:
-            members = Membership(scene.registry.runs())
-            for finding in guilty:
-                run = members.live_run_of(finding.pid)
-                if run is not None:
-                    reason = f"belongs to a {run.state.value} run of {run.record.project}"
-                elif has_led_a_run(finding.pid, scene.registry):
-                    reason = _LEFT_WELL  # it registered, ran and left meanwhile
-                else:
-                    reason = ""
-                if reason:
-                    cleared[finding.pid] = attrs.evolve(
-                        finding, evidence="look-alike", reason=reason
-                    )
-            left = [f for f in guilty if f.pid not in cleared and processes.is_alive(f.identity)]
-            young = [f for f in left if _age(f.identity) < settled]
-            if not young or time.monotonic() - began > settled:
-                return left, list(cleared.values())
-            time.sleep(0.05)
-
-    def stop_survivors(self, dead: RunRecord, scene: Scene) -> tuple[Survivor, ...]:
-        """See `Sanitizer.stop_survivors`. Those that leave by themselves are waited for."""
-        run = scene.registry.find(dead.run_id) or RegisteredRun(dead, RunState.DEAD)
-        may_stop = scene.why_not is None and not self.dry_run
-        deadline = time.monotonic() + min(self.patience, 0.5 if may_stop else self.patience)
-
-        def survivors() -> tuple[Survivor, ...]:
-            members = Membership(scene.registry.runs())
-            return tuple(survivor for _, survivor in members.survivors([run]))
-
-        while left := survivors():
-            while any(processes.is_alive(survivor.identity) for survivor in left):
-                if time.monotonic() >= deadline:
-                    if not may_stop:
-                        return left
-                    report, _ = self._stop_again(lambda: _as_ghosts(survivors()), scene)
-                    _log(report, scene.logger)
-                    return survivors()
-                time.sleep(0.02)
-        return ()
-
-    def stop_leftovers(self, scene: Scene) -> SanitizeReport:
-        """See `Sanitizer.stop_leftovers`. Daemons that opted out are spared, and so are
-        processes of other live runs, even if they were started in here.
-        """
-        spared: dict[ProcessIdentity, Finding] = {}
-        ended: set[int] = set()
-
-        def leftovers() -> list[Finding]:
-            # Who ends during a look may just have made others, which that look did not see.
-            while True:
-                children = processes.children_of(os.getpid())
-                ghosts, others = self._leftovers(scene)
-                spared.update((finding.identity, finding) for finding in others)
-                news = {pid for pid in children - ended if not processes.is_running(pid)}
-                if ghosts or not news:
-                    return ghosts
-                ended.update(news)
-
-        report, _ = self._stop_again(leftovers, scene, spared)
-        _log(report, scene.logger)
-        return report + SanitizeReport(spared=tuple(spared.values()))
-
-    def _leftovers(self, scene: Scene) -> tuple[list[Finding], list[Finding]]:
-        """What was started inside the block: what is to be stopped of it, and what is not."""
-        own = scene.registry.find(scene.record.run_id)
-        me = os.getpid()
-        above = {me, *processes.ancestors(me)}
-        parents = processes.parents()
-        found = {
-            identity
-            for identity in processes.below([me], parents).values()
-            if identity not in scene.before and identity.create_time >= scene.began
-        }
-        started = [pid for pid, (_, create_time) in parents.items() if create_time >= scene.began]
-        found.update(orphans_of(own, scene.record.run_id, started))
-        ghosts, spared = [], []
-        runs = scene.registry.runs()
-        others = Membership(tuple(r for r in runs if r.record.leader != scene.record.leader))
-        # With two environments in one process, only the id tells whose child it is.
-        shares_process = any(
-            r.is_live and r.record.leader == scene.record.leader and r != own for r in runs
-        )
-        for identity in sorted(found):
-            pid = identity.pid
-            if pid in above or not is_ours(pid) or _serves_multiprocessing(pid):
-                continue
-            leftover = Finding(pid, identity.create_time, command_of(pid), "leftover")
-            run = others.live_run_of(pid)
-            environ = processes.read_environ(pid) or {}
-            if run is not None:
-                reason = f"leads or belongs to a live run of {run.record.project}"
-            elif _opted_out(pid):
-                reason = f"opted out with an empty {RUN_ID_VARIABLE}"
-            elif shares_process and environ.get(RUN_ID_VARIABLE) != scene.record.run_id:
-                reason = "may belong to another run of this process"
-            elif self.spare is not None and self.spare(pid):
-                reason = "excluded by the caller"
-            else:
-                ghosts.append(leftover)
-                continue
-            spared.append(attrs.evolve(leftover, reason=reason))
-        return ghosts, spared
-
-    def _stop_again(
+    def stop(
         self,
-        look: Callable[[], list[Finding]],
-        scene: Scene,
-        also_spare: Collection[ProcessIdentity] = (),
-    ) -> tuple[SanitizeReport, set[ProcessIdentity]]:
-        """Stop what is found until nothing new is: the report, and all that was found.
-
-        A child that was started just before its parent ended was in no tree that was looked at.
-        """
-        report = SanitizeReport()
-        known: set[ProcessIdentity] = set()
-        for _ in range(_LOOKS):
-            ghosts = [finding for finding in look() if finding.identity not in known]
-            if not ghosts:
-                break
-            known.update(finding.identity for finding in ghosts)
-            report += self._stop(ghosts, scene, also_spare={who.pid for who in also_spare})
-            if self.dry_run or scene.why_not is not None:
-                break
-        return report, known
-
-    def _stop(
-        self, ghosts: list[Finding], scene: Scene, also_spare: Iterable[int] = ()
+        ghosts: Sequence[Finding],
+        registry: RunRegistry,
+        *,
+        reason_not_to_kill: str | None = None,
+        also_spare: Iterable[ProcessIdentity] = (),
     ) -> SanitizeReport:
-        """Stop them with their trees, or say why not."""
-        why_not = "dry run" if self.dry_run else scene.why_not
-        if why_not is not None or not ghosts:
-            reason = f"not stopped: {why_not}"
+        """Stop processes that were found, with their trees. A process that belongs to a live run by
+        now is spared.
+        """
+        if self.dry_run:
+            reason_not_to_kill = "dry run"
+        if reason_not_to_kill is not None or not ghosts:
+            reason = f"not stopped: {reason_not_to_kill}"
             return SanitizeReport(spared=tuple(attrs.evolve(g, reason=reason) for g in ghosts))
-        members = Membership(
-            tuple(run for run in scene.registry.runs() if run.record.leader != scene.record.leader)
+        outcome = stop_processes(
+            [ghost.identity for ghost in ghosts],
+            grace=self.grace,
+            spare=self._spared(ghosts, registry, also_spare),
+            last=is_forkserver,
         )
-        me = os.getpid()
-        untouchable = {me, *processes.ancestors(me), *also_spare}
-
-        def spare(pid: int) -> bool:
-            return (
-                pid in untouchable
-                or not is_ours(pid)
-                or members.live_run_of(pid) is not None
-                or _opted_out(pid)  # also below a process that is stopped
-                or (self.spare is not None and self.spare(pid))
-            )
-
-        outcome = stop_processes([g.identity for g in ghosts], grace=self.grace, spare=spare)
         named = {ghost.identity: ghost for ghost in ghosts}
 
         def findings(identities: Iterable[ProcessIdentity], reason: str = "") -> Iterator[Finding]:
@@ -455,117 +207,265 @@ class GhostSanitizer:
             ),
         )
 
+    def _spared(
+        self,
+        ghosts: Sequence[Finding],
+        registry: RunRegistry,
+        also_spare: Iterable[ProcessIdentity],
+    ) -> Callable[[int], bool]:
+        """Which processes in the trees of these ghosts are left alone, with all below them."""
+        me = os.getpid()
+        untouchable = {me, *processes.ancestors(me), *(who.pid for who in also_spare)}
+        leader = processes.identity_of(me)
+        members = Membership(tuple(run for run in registry.runs() if run.record.leader != leader))
+        targets = {ghost.pid for ghost in ghosts}
+        sessions = {processes.session_of(pid) for pid in targets}
 
-@attrs.frozen
-class _Look:
-    """What is compared when two processes may be twins."""
+        def spare(pid: int) -> bool:
+            return (
+                pid in untouchable
+                or not is_ours(pid)
+                or members.live_run_of(pid) is not None
+                or bool(self._excluded(pid))
+                or is_tracker(pid)
+                # A daemon or a terminal multiplexer below: others may use it.
+                or (pid not in targets and processes.session_of(pid) not in sessions)
+            )
 
-    pid: int
-    create_time: float
-    program: Program | None
-    cwd: str | None
-    relative: bool  # the script was named relative to some directory
-    environ: dict[str, str]
-    unsure: str = ""  # what is not known of this process, so that it has no twins
+        return spare
 
-    @classmethod
-    def at(cls, pid: int, argv: Sequence[str]) -> _Look | None:
-        stat = processes.read_stat(pid)
-        typed = parse_command(argv)
-        if stat is None or typed is None:
-            return None
-        cwd = processes.read_cwd(pid)
-        return cls(
-            pid=pid,
-            create_time=stat.create_time,
-            program=resolve(typed, cwd),
-            cwd=cwd,
-            relative=typed.kind == "script" and not os.path.isabs(typed.target),
-            environ=processes.read_environ(pid) or {},
+    def _excluded(self, pid: int) -> str:
+        """Why a process is not to be stopped, by its own wish or the caller's."""
+        if processes.started_with(pid, RUN_ID_VARIABLE, ("",)) is not None:
+            return f"opted out with an empty {RUN_ID_VARIABLE}"
+        if self.spare is not None and self.spare(pid):
+            return "excluded by the caller"
+        return ""
+
+    def _stop_survivors(
+        self,
+        look: Callable[[], list[tuple[RegisteredRun, Survivor]]],
+        env: Environment,
+        lock_path: Path | None = None,
+    ) -> tuple[SanitizeReport, set[ProcessIdentity]]:
+        """Stop survivors, as far as that is allowed: the report, and all that were found."""
+        in_the_way = _files_at(lock_path)
+        own_job = _own_job(env)
+        spared: dict[ProcessIdentity, Finding] = {}
+        trackers: set[ProcessIdentity] = set()
+
+        def is_detached(survivor: Survivor) -> bool:
+            return survivor.kind == "detached" and not (
+                processes.holds_accelerator(survivor.pid)
+                or processes.has_open(survivor.pid, in_the_way)
+            )
+
+        def reason_to_spare(survivor: Survivor) -> str:
+            if is_detached(survivor):
+                return f"{survivor.evidence}; {_DETACHED}"
+            reason = env.reason_not_to_kill
+            if reason is None or (own_job is not None and _job_of(survivor.pid) == own_job):
+                return ""
+            return f"not stopped: {reason}"
+
+        def ghosts() -> list[Finding]:
+            found = []
+            for _, survivor in look():
+                finding = _finding(survivor)
+                reason = reason_to_spare(survivor)
+                if is_tracker(survivor.pid):
+                    trackers.add(survivor.identity)
+                elif reason:
+                    spared[finding.identity] = attrs.evolve(finding, reason=reason)
+                else:
+                    found.append(finding)
+            return found
+
+        report, known = self._stop_again(ghosts, env.registry, None)
+        if report.stopped or report.killed:
+            _wait_for(trackers, _TRACKERS)
+        report += SanitizeReport(spared=tuple(spared.values()))
+        return report, {*known, *spared, *trackers}
+
+    def _stop_look_alikes(
+        self, me: Look, known: set[ProcessIdentity], env: Environment
+    ) -> SanitizeReport:
+        members = Membership(env.registry.runs())
+        suspects = [
+            finding
+            for finding in self._look_around(me, members, env.registry)
+            if finding.identity not in known
+        ]
+        wanted = ("twin", "relative") if self.match == "script" else ("twin",)
+        guilty = [finding for finding in suspects if finding.evidence in wanted]
+        guilty, cleared = self._settle(guilty, env)
+        spared = [f for f in suspects if f not in guilty and f.evidence != "defunct"]
+        spared = list({finding.pid: finding for finding in (*spared, *cleared)}.values())
+        report = self.stop(guilty, env.registry, reason_not_to_kill=env.reason_not_to_kill)
+        return report + SanitizeReport(
+            spared=tuple(spared), defunct=tuple(f for f in suspects if f.evidence == "defunct")
         )
 
-    @classmethod
-    def at_myself(cls) -> _Look | None:
-        """What this process runs; None where that is nothing that others may run, too."""
-        me = cls.at(os.getpid(), sys.orig_argv)
-        if me is None or me.program is None:
-            return None
-        # After a chdir a relative script resolves to somebody else's; only this process knows
-        # for itself what it really runs.
-        ran = getattr(sys.modules.get("__main__"), "__file__", None)
-        if me.relative and ran is not None and os.path.realpath(ran) != me.program.target:
-            return None
-        return me
+    def _look_around(self, me: Look, members: Membership, registry: RunRegistry) -> list[Finding]:
+        alike, unnamed = Scan(me).look()
+        found = [self._judge(look, me, members, registry) for look in alike]
+        found += filter(None, (_defunct(pid, me) for pid in unnamed))
+        if found:
+            kindred = kin()
+            found = [finding for finding in found if finding.pid not in kindred]
+        return found
 
-    @classmethod
-    def at_run(cls, record: RunRecord, argv: Sequence[str]) -> _Look | None:
-        """What a run on record executes, as far as that is certain."""
-        typed = parse_command(argv)
-        if typed is None or not record.is_local:
-            return None
-        if processes.is_alive(record.leader):
-            look = cls.at(record.pid, argv)
-            if look is None or look.create_time != record.create_time:
-                return None
-            return None if look.relative and not look.has_not_moved() else look
-        absolute = typed.kind == "script" and os.path.isabs(typed.target)
-        return cls(
-            pid=record.pid,
-            create_time=record.create_time,
-            program=resolve(typed, record.cwd),
-            cwd=record.cwd,
-            relative=not absolute,
-            environ={},
-            unsure="" if absolute else "nobody knows in which directory the dead run was started",
-        )
+    def _judge(self, other: Look, me: Look, members: Membership, registry: RunRegistry) -> Finding:
+        pid = other.pid
 
-    def may_be_run_by(self, pid: int, argv: Sequence[str]) -> bool:
-        """A first look by one stat(2): the same module, or a path that leads to the same file."""
-        typed = parse_command(argv)
-        if typed is None or self.program is None or typed.kind != self.program.kind:
-            return False
-        if typed.kind == "module":
-            return typed.target == self.program.target
-        return _file_at(pid, typed.target) == _file_at(self.pid, self.program.target)
+        def finding(evidence: str, reason: str) -> Finding:
+            return Finding(pid, other.create_time, command_of(pid), evidence, reason)
 
-    def has_not_moved(self) -> bool:
-        """Whether it still is in the directory that it was started in."""
-        started_in = self.environ.get("PWD")
-        return started_in is not None and os.path.realpath(started_in) == self.cwd
+        run = members.live_run_of(pid)
+        if run is not None:
+            state = f"{run.state.value} run of project {run.record.project}"
+            return finding("look-alike", f"belongs to a {state} (pid {run.record.pid})")
+        if has_led_a_run(pid, registry):
+            return finding("look-alike", _LEFT_WELL)
+        if self.spare is not None and self.spare(pid):
+            return finding("look-alike", "excluded by the caller")
+        difference = other.difference(me)
+        if difference:
+            return finding("relative", difference)
+        if other.create_time > me.create_time:
+            return finding("look-alike", "started after this run: no ghost, it may register yet")
+        return finding("twin", "same program, arguments, directory and environment")
 
-    def difference(self, me: _Look) -> str:
-        """Why this is no twin of mine; empty when it is one."""
-        if self.program is None or me.program is None or self.cwd is None:
-            return "cannot be read whole"
-        if self.program.arguments != me.program.arguments:
-            return "other arguments"
-        if self.cwd != me.cwd:
-            return "other working directory"
-        # It, too, may have changed its directory since: then "train.py" was another file.
-        same_start = self.environ.get("PWD") == me.environ.get("PWD")
-        if self.relative and not self.has_not_moved() and not same_start:
-            return "started in another directory"
-        if any(self.environ.get(name) != me.environ.get(name) for name in _DEVICE_VARIABLES):
-            return "other visible devices"
-        return me.unsure
+    def _settle(
+        self, guilty: list[Finding], env: Environment
+    ) -> tuple[list[Finding], list[Finding]]:
+        """Give young suspects the time to register: two runs that start together must not stop
+        each other. They need about as long as this process needed to come here.
+        """
+        if env.reason_not_to_kill is not None or self.dry_run or not guilty:
+            return guilty, []
+        began = time.monotonic()
+        settled = min(max(2.0, 2 * _age(env.run.leader)), 10.0)
+        cleared: dict[int, Finding] = {}
+        while True:
+            members = Membership(env.registry.runs())
+            for finding in guilty:
+                run = members.live_run_of(finding.pid)
+                if run is not None:
+                    reason = f"belongs to a {run.state.value} run of {run.record.project}"
+                elif has_led_a_run(finding.pid, env.registry):
+                    reason = _LEFT_WELL  # it registered, ran and left meanwhile
+                else:
+                    continue
+                cleared[finding.pid] = attrs.evolve(finding, evidence="look-alike", reason=reason)
+            left = [f for f in guilty if f.pid not in cleared and processes.is_alive(f.identity)]
+            young = [f for f in left if _age(f.identity) < settled]
+            if not young or time.monotonic() - began > settled:
+                return left, list(cleared.values())
+            time.sleep(0.05)
+
+    # Processes of this run.
+
+    def _look_back(self, env: Environment, block: Block) -> None:
+        may_stop = env.allow_process_kill and not self.dry_run
+        if may_stop:
+            exiting.let_exit(self.grace)
+        if self.leftovers == "report":
+            env.report.leftovers = SanitizeReport(spared=tuple(block.children()))
+        else:
+            # Provably our own, so they may be stopped on shared compute as well.
+            reason = None if env.allow_process_kill else "allow_process_kill is False"
+            env.report.leftovers = self._stop_leftovers(env, block, reason)
+        _log(env.report.leftovers, env.logger)
+
+    def _stop_leftovers(
+        self, env: Environment, block: Block, reason_not_to_kill: str | None
+    ) -> SanitizeReport:
+        spared: dict[ProcessIdentity, Finding] = {}
+        ended: set[int] = set()
+
+        def leftovers() -> list[Finding]:
+            # A child that ends during a look may just have started others, which that look missed.
+            while True:
+                children = processes.children_of(os.getpid())
+                ghosts, others = block.leftovers(env, self._excluded)
+                spared.update((finding.identity, finding) for finding in others)
+                news = {pid for pid in children - ended if not processes.is_running(pid)}
+                if ghosts or not news:
+                    return ghosts
+                ended.update(news)
+
+        report, _ = self._stop_again(leftovers, env.registry, reason_not_to_kill, spared)
+        return report + SanitizeReport(spared=tuple(spared.values()))
+
+    def _stop_again(
+        self,
+        look: Callable[[], list[Finding]],
+        registry: RunRegistry,
+        reason_not_to_kill: str | None,
+        also_spare: Iterable[ProcessIdentity] = (),
+    ) -> tuple[SanitizeReport, set[ProcessIdentity]]:
+        """Stop what is found until nothing new is: the report, and all that was found.
+
+        A child that was started just before its parent ended was in no tree that was looked at.
+        """
+        report = SanitizeReport()
+        known: set[ProcessIdentity] = set()
+        for _ in range(_LOOKS):
+            ghosts = [finding for finding in look() if finding.identity not in known]
+            if not ghosts:
+                break
+            known.update(finding.identity for finding in ghosts)
+            report += self.stop(
+                ghosts, registry, reason_not_to_kill=reason_not_to_kill, also_spare=also_spare
+            )
+            if self.dry_run or reason_not_to_kill is not None:
+                break
+        return report, known
 
 
-def _as_ghosts(survivors: Iterable[Survivor]) -> list[Finding]:
-    return [Finding(s.pid, s.create_time, s.command, "survivor", s.evidence) for s in survivors]
+def _is_same_project(run: RegisteredRun, mine: RunRecord) -> bool:
+    """Whether both are runs of one project: they meet at one lock, if they have any."""
+    if mine.lock is None:
+        return run.record.lock is None and run.record.project == mine.project
+    return mine.lock in run.locks
 
 
-def _file_at(pid: int, path: str) -> tuple[int, int] | None:
-    """The file, by device and inode, to which a path leads for a process; None for none."""
+def _finding(survivor: Survivor) -> Finding:
+    return Finding(
+        survivor.pid, survivor.create_time, survivor.command, "survivor", survivor.evidence
+    )
+
+
+def _own_job(env: Environment) -> str | None:
+    """The scheduler's job that this run is a part of: what it has left may be stopped on shared
+    compute, too. None if there is none, or nothing may be stopped.
+    """
+    return scheduler_job(os.environ) if env.allow_process_kill else None
+
+
+def _job_of(pid: int) -> str | None:
+    return scheduler_job(processes.read_environ(pid) or {})
+
+
+def _files_at(path: Path | None) -> frozenset[tuple[int, int]]:
+    """The file there, by device and inode, if there is one."""
     try:
-        if not os.path.isabs(path):
-            path = os.path.join(processes.read_cwd(pid) or "/nowhere", path)
-        found = os.stat(path)
-    except (OSError, ValueError):
+        found = os.stat(path) if path is not None else None
+    except OSError:
+        found = None
+    return frozenset() if found is None else frozenset([(found.st_dev, found.st_ino)])
+
+
+def _wait_for(identities: Iterable[ProcessIdentity], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(processes.is_alive, identities)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def _defunct(pid: int, me: Look) -> Finding | None:
+    if hasattr(os, "geteuid") and processes.owner_of(pid) != os.geteuid():
         return None
-    return found.st_dev, found.st_ino
-
-
-def _defunct(pid: int, me: _Look) -> Finding | None:
     stat = processes.read_stat(pid)
     if stat is None or not processes.is_defunct(stat):
         return None
@@ -582,33 +482,26 @@ def _defunct(pid: int, me: _Look) -> Finding | None:
     )
 
 
-def _opted_out(pid: int) -> bool:
-    """Whether it was started with an empty run id: a daemon that is to outlive the run."""
-    return (processes.read_environ(pid) or {}).get(RUN_ID_VARIABLE) == ""
-
-
-def _serves_multiprocessing(pid: int) -> bool:
-    command = command_of(pid)
-    return any(name in command for name in _MULTIPROCESSING)
-
-
 def _age(identity: ProcessIdentity) -> float:
     """How long a process has lived, in seconds."""
     return processes.now() - identity.create_time
 
 
+# What is told of whom: a process that may be in the way is a warning, one that goes on as it
+# should is nothing that anybody must be told.
+_QUIET = {"look-alike": logging.DEBUG, "leftover": logging.DEBUG, "defunct": logging.INFO}
+
+
 def _log(report: SanitizeReport, logger: logging.Logger) -> None:
-    for outcome, level in (
-        ("stopped", logging.WARNING),
-        ("killed", logging.WARNING),
-        ("denied", logging.WARNING),
-        ("spared", logging.WARNING),
-        ("defunct", logging.INFO),
-    ):
+    for outcome in ("stopped", "killed", "denied", "spared", "defunct"):
         for finding in getattr(report, outcome):
-            quiet = finding.evidence == "look-alike"
+            level = _QUIET.get(finding.evidence, logging.WARNING)
+            if outcome == "denied":
+                level = logging.WARNING
+            elif _DETACHED in finding.reason:
+                level = min(level, logging.INFO)
             logger.log(
-                logging.DEBUG if quiet else level,
+                level,
                 "%s process: %s",
                 outcome,
                 finding.describe(),

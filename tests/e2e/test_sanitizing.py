@@ -15,14 +15,25 @@ import pytest
 from support import Script, is_running, run_command, run_python, wait_gone, wait_until
 
 # Sleeps as a ghost without ever entering, or enters and prints its report. Which of the two is
-# decided by a file, since twins have the same arguments.
+# said by a file: twins have the same arguments and the same environment.
 TRAIN = """
     import json, os, signal, sys, time
     from pathlib import Path
 
-    if os.environ.get("ROLE") == "ghost":
-        if os.environ.get("STUBBORN"):
+    plan = json.loads(Path("plan.json").read_text())
+    print("planned", flush=True)
+    if plan.get("role") == "ghost":
+        if plan.get("stubborn"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if plan.get("wipe"):  # as a program does that changes its title
+            import ctypes
+            start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[47])
+            ctypes.memset(start, 0, len(Path("/proc/self/environ").read_bytes()))
+        if plan.get("tree"):
+            import subprocess
+            below = subprocess.Popen(["sleep", "1000"])
+            detached = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+            print("tree", below.pid, detached.pid, flush=True)
         print("ready", flush=True)
         while True:
             signal.pause()
@@ -35,11 +46,10 @@ TRAIN = """
         managed_environment,
     )
 
-    options = json.loads(os.environ.get("SANITIZER", "{}"))
     cfg = EnvironmentConfig(
-        os.environ.get("PROJECT", "digits"), allow_process_kill=os.environ.get("KILL") != "no"
+        plan.get("project", "digits"), allow_process_kill=plan.get("kill", True)
     )
-    manager = InfrastructureManager(sanitizer=GhostSanitizer(**options))
+    manager = InfrastructureManager(sanitizer=GhostSanitizer(**plan.get("sanitizer", {})))
     try:
         with managed_environment(cfg, manager=manager) as env:
             report = env.report.sanitized
@@ -47,7 +57,7 @@ TRAIN = """
                 outcome: {f.pid: [f.evidence, f.reason] for f in getattr(report, outcome)}
                 for outcome in ("stopped", "killed", "spared", "defunct", "denied")
             }), flush=True)
-            if os.environ.get("STAY"):
+            if plan.get("stay"):
                 sys.stdin.readline()
     except EnvironmentLockedError as error:
         print("locked", error.holder.pid, flush=True)
@@ -55,12 +65,17 @@ TRAIN = """
 """
 
 
-def train(tmp_path: Path, *arguments: str, **environ: str) -> Script:
-    return run_python(tmp_path, TRAIN, *arguments, name="train.py", env=environ)
+def train(
+    tmp_path: Path, *arguments: str, environ: dict[str, str] | None = None, **plan: Any
+) -> Script:
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    process = run_python(tmp_path, TRAIN, *arguments, name="train.py", env=environ)
+    process.wait_for("planned")  # the next one may have another plan
+    return process
 
 
-def ghost(tmp_path: Path, *arguments: str, **environ: str) -> Script:
-    process = train(tmp_path, *arguments, ROLE="ghost", **environ)
+def ghost(tmp_path: Path, *arguments: str, **options: Any) -> Script:
+    process = train(tmp_path, *arguments, role="ghost", **options)
     process.wait_for("ready")
     return process
 
@@ -77,15 +92,15 @@ def test_a_twin_is_stopped(tmp_path):
 
 
 def test_a_twin_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
-    twin = ghost(tmp_path, STUBBORN="1")
-    report = report_of(train(tmp_path, SANITIZER='{"grace": 0.2}'))
+    twin = ghost(tmp_path, stubborn=True)
+    report = report_of(train(tmp_path, sanitizer={"grace": 0.2}))
     assert str(twin.pid) in report["killed"]
     assert twin.finish() == -signal.SIGKILL
 
 
 def test_a_twin_is_reported_and_spared_unless_killing_is_allowed(tmp_path):
     twin = ghost(tmp_path)
-    run = train(tmp_path, KILL="no")
+    run = train(tmp_path, kill=False)
     evidence, reason = report_of(run)["spared"][str(twin.pid)]
     assert evidence == "twin"
     assert "allow_process_kill" in reason
@@ -96,33 +111,28 @@ def test_a_twin_is_reported_and_spared_unless_killing_is_allowed(tmp_path):
 
 def test_a_dry_run_sends_no_signal(tmp_path):
     twin = ghost(tmp_path)
-    report = report_of(train(tmp_path, SANITIZER='{"dry_run": true}'))
+    report = report_of(train(tmp_path, sanitizer={"dry_run": True}))
     assert report["spared"][str(twin.pid)] == ["twin", "not stopped: dry run"]
     assert is_running(twin.pid)
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"),
+    "environ",
     [
-        ("SLURM_JOB_ID", "7"),
-        ("PBS_JOBID", "7"),
-        ("LSB_JOBID", "7"),
-        ("KUBERNETES_SERVICE_HOST", "x"),
+        {"SLURM_JOB_ID": "7"},
+        {"PBS_JOBID": "7"},
+        {"LSB_JOBID": "7"},
+        {"KUBERNETES_SERVICE_HOST": "x"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
     ],
+    ids=lambda environ: next(iter(environ)),
 )
-def test_nothing_is_killed_on_shared_compute(tmp_path, variable, value):
-    twin = ghost(tmp_path)
-    report = report_of(train(tmp_path, **{variable: value}))
+def test_a_twin_is_spared_on_shared_compute_and_under_a_distributed_launcher(tmp_path, environ):
+    twin = ghost(tmp_path, environ=environ)
+    report = report_of(train(tmp_path, environ=environ))
     evidence, reason = report["spared"][str(twin.pid)]
     assert evidence == "twin"
-    assert variable in reason
-    assert is_running(twin.pid)
-
-
-def test_nothing_is_killed_under_a_distributed_launcher(tmp_path):
-    twin = ghost(tmp_path)
-    report = report_of(train(tmp_path, RANK="0", WORLD_SIZE="2"))
-    assert report["spared"][str(twin.pid)][0] == "twin"
+    assert next(iter(environ)) in reason
     assert is_running(twin.pid)
 
 
@@ -136,16 +146,44 @@ def test_a_relative_with_other_arguments_is_spared_with_a_warning(tmp_path):
 
 
 def test_match_script_stops_relatives_too(tmp_path):
-    relative = ghost(tmp_path, "--lr", "1")
-    report = report_of(train(tmp_path, "--lr", "2", SANITIZER='{"match": "script"}'))
+    relative = ghost(tmp_path, "--lr", "1", environ={"SEED": "1"})
+    report = report_of(train(tmp_path, "--lr", "2", sanitizer={"match": "script"}))
     assert str(relative.pid) in report["stopped"]
     relative.finish()
 
 
-def test_other_visible_devices_make_no_twin(tmp_path):
-    other = ghost(tmp_path, CUDA_VISIBLE_DEVICES="1")
-    report = report_of(train(tmp_path, CUDA_VISIBLE_DEVICES="0"))
-    assert report["spared"][str(other.pid)] == ["relative", "other visible devices"]
+@pytest.mark.parametrize("variable", ["SEED", "CUDA_VISIBLE_DEVICES", "PYTHONHASHSEED"])
+def test_a_step_of_a_sweep_by_environment_that_is_slow_to_register_is_no_twin(tmp_path, variable):
+    """``SEED=2 python sweep.py`` killed a slow ``SEED=1 python sweep.py``."""
+    other = ghost(tmp_path, environ={variable: "1"})
+    report = report_of(train(tmp_path, environ={variable: "2"}))
+    assert report["spared"][str(other.pid)] == ["relative", f"other environment ({variable})"]
+    assert is_running(other.pid)
+
+
+@pytest.mark.parametrize("one", ["theirs", "mine"])
+def test_a_variable_that_only_one_of_them_has_is_enough_to_be_no_twin(tmp_path, one):
+    other = ghost(tmp_path, environ={"SEED": "1"} if one == "theirs" else None)
+    report = report_of(train(tmp_path, environ={"SEED": "1"} if one == "mine" else None))
+    assert report["spared"][str(other.pid)][0] == "relative"
+    assert is_running(other.pid)
+
+
+def test_a_twin_from_another_terminal_is_a_twin(tmp_path):
+    here = {"SHLVL": "1", "TERM": "xterm", "SSH_TTY": "/dev/pts/1", "TMUX_PANE": "%1", "_": "/x"}
+    there = {"SHLVL": "3", "TERM": "dumb", "WINDOWID": "7", "OLDPWD": "/", "COLUMNS": "80"}
+    twin = ghost(tmp_path, environ=here)
+    report = report_of(train(tmp_path, environ=there))
+    assert str(twin.pid) in report["stopped"]
+    twin.finish()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+def test_a_process_that_has_wiped_its_environment_is_no_twin(tmp_path):
+    """What cannot be compared may be anything: a title that was changed, a process of a sweep."""
+    other = ghost(tmp_path, wipe=True)
+    report = report_of(train(tmp_path))
+    assert report["spared"][str(other.pid)] == ["relative", "its environment cannot be read"]
     assert is_running(other.pid)
 
 
@@ -158,7 +196,8 @@ def test_an_unrelated_project_s_train_py_is_left_alone(tmp_path):
     )
     stranger = run_command(tmp_path, [sys.executable, "train.py"], cwd=elsewhere)
     stranger.wait_for("ready")
-    train(tmp_path, ROLE="ghost").wait_for("ready")  # writes tmp_path/train.py
+    ghost(tmp_path).stop()  # writes tmp_path/train.py
+    (tmp_path / "plan.json").write_text("{}")
     run = run_command(tmp_path, [sys.executable, "train.py"], cwd=tmp_path)
     report = report_of(run)
     run.finish()
@@ -188,9 +227,9 @@ def test_who_only_mentions_the_script_is_nobody_s_twin(tmp_path, command):
     )
     ghost(tmp_path).stop()  # writes train.py
     command = [sys.executable if word == "python" else word for word in command]
-    bystander = run_command(tmp_path, command, env={"ROLE": "ghost"})
+    bystander = run_command(tmp_path, command)
     if "-f" not in command and "pdb" not in command:
-        bystander.wait_for("ready")
+        bystander.wait_for("ready")  # as the plan of the ghost before says
     report = report_of(train(tmp_path))
     assert all(str(bystander.pid) not in outcome for outcome in report.values())
     assert is_running(bystander.pid)
@@ -206,7 +245,7 @@ def test_root_touches_no_other_user(tmp_path):
     if python is None:
         pytest.skip("needs another user who can run Python: no python3 outside of our home")
     script = str(tmp_path / "train.py")
-    other = run_command(tmp_path, [python, script], env={"ROLE": "ghost"}, user=65534)
+    other = run_command(tmp_path, [python, script], user=65534)
     other.wait_for("ready")
     report = report_of(train(tmp_path))
     assert all(str(other.pid) not in outcome for outcome in report.values())
@@ -214,9 +253,9 @@ def test_root_touches_no_other_user(tmp_path):
 
 
 def test_a_live_run_of_another_project_is_sacred_although_it_is_a_twin(tmp_path):
-    first = train(tmp_path, PROJECT="one", STAY="1")
+    first = train(tmp_path, project="one", stay=True)
     report_of(first)
-    report = report_of(train(tmp_path, PROJECT="two"))
+    report = report_of(train(tmp_path, project="two"))
     evidence, reason = report["spared"][str(first.pid)]
     assert evidence == "look-alike"
     assert "running run of project one" in reason
@@ -259,9 +298,9 @@ def test_a_run_that_has_left_its_block_and_goes_on_is_no_ghost(tmp_path, runtime
 
 
 def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
-    (tmp_path / "x").touch()
+    (tmp_path / "plan.json").write_text(json.dumps({"stay": True}))
     for _ in range(3):
-        runs = [train(tmp_path, STAY="1") for _ in range(3)]
+        runs = [run_python(tmp_path, TRAIN, name="train.py") for _ in range(3)]
         wait_until(
             lambda runs=runs: all("report" in r.output or "locked" in r.output for r in runs)
         )
@@ -321,23 +360,9 @@ def test_workers_of_one_pool_are_no_twins_of_each_other(tmp_path):
     assert pool.finish() == 0
 
 
-def test_a_ghost_s_tree_goes_with_it(tmp_path):
-    tree = run_python(
-        tmp_path,
-        """
-        import os, signal, subprocess, sys
-        if os.environ.get("ROLE") == "ghost":
-            child = subprocess.Popen(["sleep", "1000"])
-            print("child", child.pid, flush=True)
-            signal.pause()
-        from orchard_infra import EnvironmentConfig, managed_environment
-        with managed_environment(EnvironmentConfig("tree", allow_process_kill=True)):
-            print("in", flush=True)
-        """,
-        name="tree.py",
-        env={"ROLE": "ghost"},
-    )
-    child = int(tree.wait_for("child").split()[1])
-    run = run_python(tmp_path, tmp_path / "tree.py")
-    run.wait_for("in")
-    wait_gone([tree.pid, child])
+def test_a_ghost_s_tree_goes_with_it_except_what_has_a_session_of_its_own(tmp_path):
+    twin = ghost(tmp_path, tree=True)
+    below, detached = map(int, twin.wait_for("tree").split()[1:])
+    report_of(train(tmp_path))
+    wait_gone([twin.pid, below])
+    assert is_running(detached)

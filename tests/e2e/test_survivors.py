@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,12 +119,242 @@ def test_forked_survivors_hold_the_lock_and_are_stopped(tmp_path, kind):
     assert after.finish() == 0
 
 
-@pytest.mark.parametrize("kind", ["exec", "exec-setsid"])
-def test_children_that_were_started_by_the_dead_run_are_stopped_under_a_free_lock(tmp_path, kind):
-    survivor = killed_run(tmp_path, kind)["pids"][kind]
+def test_children_that_were_started_by_the_dead_run_are_stopped_under_a_free_lock(tmp_path):
+    survivor = killed_run(tmp_path, "exec")["pids"]["exec"]
     after = start(tmp_path, KILL="yes")
     assert survivor in inside(after)["stopped"]
     assert not is_running(survivor)
+
+
+def test_a_tracker_with_a_session_of_its_own_is_reported_and_goes_on(tmp_path):
+    """An experiment tracker that still uploads after a crash is somebody's data."""
+    facts = killed_run(tmp_path, "exec-setsid,exec")
+    tracker, other = facts["pids"]["exec-setsid"], facts["pids"]["exec"]
+    after = start(tmp_path, KILL="yes")
+    found = inside(after)
+    assert other in found["stopped"]
+    assert "session of its own" in found["spared"][str(tracker)]
+    after.tell()
+    assert after.finish() == 0
+    assert f"pid {tracker}" not in after.error_output  # no warning: it does as it should
+    assert is_running(tracker)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+def test_a_detached_process_that_holds_an_accelerator_is_stopped(tmp_path):
+    """It has the memory that the next run needs. What it has open decides that, by the name: here
+    a file takes the place of the device."""
+    source = RUN.replace(
+        "    try:",
+        """    from orchard_infra.system import processes
+    processes._COMPUTE_DEVICE = re.compile(".*/accelerator").fullmatch
+    open("accelerator", "w").close()
+
+    try:""",
+        1,
+    ).replace("import json,", "import json, re,")
+    source = source.replace(
+        'subprocess.Popen(["sleep", "1000"], start_new_session=True)',
+        'subprocess.Popen(["sleep", "1000"], stdin=open("accelerator"), start_new_session=True)',
+    )
+    run = run_python(tmp_path, source, "exec-setsid", name="device.py")
+    holder = inside(run)["pids"]["exec-setsid"]
+    run.kill()
+    run.finish()
+    after = run_python(tmp_path, source, name="device.py", env={"KILL": "yes"})
+    assert holder in inside(after)["stopped"]
+    assert not is_running(holder)
+
+
+def test_a_tmux_server_that_a_run_has_started_keeps_the_shells_below_it(tmp_path, require_tool):
+    tmux = require_tool("tmux")
+    source = """
+        import os, subprocess, sys
+        from orchard_infra import EnvironmentConfig, managed_environment
+        with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)) as env:
+            if len(sys.argv) > 1:
+                tmux = [sys.argv[1], "-S", "socket", "-f", "/dev/null"]
+                subprocess.run([*tmux, "new-session", "-d", "sleep 1000"], check=True)
+                shown = ["display-message", "-p", "#{pid} #{pane_pid}"]
+                told = subprocess.run([*tmux, *shown], check=True, stdout=subprocess.PIPE)
+                print("server", *told.stdout.decode().split(), flush=True)
+                sys.stdin.readline()
+            print("stopped", [f.pid for f in env.report.sanitized.stopped], flush=True)
+        """
+    run = run_python(tmp_path, source, tmux, env={"TMUX": None, "TERM": "xterm"})
+    pids = [int(pid) for pid in run.wait_for("server").split()[1:]]
+    run.kill()
+    run.finish()
+    after = run_python(tmp_path, tmp_path / "script.py", env={"TERM": "xterm"})
+    assert after.wait_for("stopped") == "stopped []"
+    assert after.finish() == 0
+    assert all(is_running(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver", "forkserver from before"])
+def test_workers_of_every_start_method_are_stopped_and_their_helpers_end(tmp_path, method):
+    """A worker of a forkserver shows the server's command line, and carries no id of the run if
+    the server was started before."""
+    source = """
+        import multiprocessing, os, sys, time
+        from orchard_infra import EnvironmentConfig, managed_environment
+        from orchard_infra.system.processes import descendants
+
+        def work(event):
+            event.set()
+            time.sleep(1000)
+
+        def start(context):
+            event = context.Event()
+            context.Process(target=work, args=[event], daemon=True).start()
+            event.wait()
+
+        if __name__ == "__main__":
+            if len(sys.argv) > 1:
+                context = multiprocessing.get_context(sys.argv[1])
+                if sys.argv[2:]:
+                    start(context)
+            with managed_environment(EnvironmentConfig("x", allow_process_kill=True)) as env:
+                print("in", flush=True)
+                if len(sys.argv) > 1:
+                    start(context)
+                    start(context)
+                    print("below", *descendants([os.getpid()]), flush=True)
+                    sys.stdin.readline()
+                found = env.report.sanitized
+                print("stopped", *(f.pid for f in found.stopped + found.killed), flush=True)
+        """
+    run = run_python(tmp_path, source, *method.split(" ", 1))
+    below = [int(pid) for pid in run.wait_for("below").split()[1:]]
+    run.kill()
+    run.finish()
+    after = run_python(tmp_path, tmp_path / "script.py")
+    after.wait_for("in")
+    wait_gone(below, timeout=1.0)
+    assert after.finish() == 0, after.transcript()
+    assert len(after.wait_for("stopped").split()) > 2
+    assert not list((Path(os.environ["ORCHARD_INFRA_DIR"]) / "runs").glob("*.run"))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a real /dev/shm")
+def test_shared_memory_of_stopped_workers_is_removed_by_their_tracker(tmp_path):
+    """It would stay for ever if the tracker was stopped with them, or before."""
+    source = """
+        import multiprocessing, os, signal, sys, time
+        from multiprocessing import shared_memory
+        from orchard_infra import EnvironmentConfig, GhostSanitizer, InfrastructureManager
+        from orchard_infra import managed_environment
+
+        def work(event, name):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            memory = shared_memory.SharedMemory(name)
+            event.set()
+            time.sleep(1000)
+
+        if __name__ == "__main__":
+            manager = InfrastructureManager(sanitizer=GhostSanitizer(grace=0.3))
+            cfg = EnvironmentConfig("x", allow_process_kill=True)
+            with managed_environment(cfg, manager=manager):
+                print("in", flush=True)
+                if len(sys.argv) > 1:
+                    context = multiprocessing.get_context("spawn")
+                    event = context.Event()
+                    memory = shared_memory.SharedMemory(create=True, size=1000)
+                    context.Process(target=work, args=[event, memory.name]).start()
+                    event.wait()
+                    print("memory", memory.name, flush=True)
+                    sys.stdin.readline()
+        """
+    run = run_python(tmp_path, source, "fill")
+    memory = Path("/dev/shm", run.wait_for("memory").split()[1])
+    assert memory.exists()
+    run.kill()
+    run.finish()
+    run_python(tmp_path, tmp_path / "script.py").wait_for("in")
+    wait_until(lambda: not memory.exists())
+
+
+@pytest.mark.parametrize("kind", ["fork", "exec"])
+def test_on_shared_compute_survivors_of_our_own_job_are_stopped(tmp_path, kind):
+    """Else a batch script that starts a run again would be refused until its job ends."""
+    run = start(tmp_path, kind, SLURM_JOB_ID="7")
+    survivor = inside(run)["pids"][kind]
+    run.kill()
+    run.finish()
+    after = start(tmp_path, KILL="yes", SLURM_JOB_ID="7")
+    assert survivor in inside(after)["stopped"]
+    assert not is_running(survivor)
+
+
+@pytest.mark.parametrize("job", ["8", None])
+def test_on_shared_compute_survivors_of_another_job_are_left(tmp_path, job):
+    run = start(tmp_path, "exec", **({"SLURM_JOB_ID": job} if job else {}))
+    survivor = inside(run)["pids"]["exec"]
+    run.kill()
+    run.finish()
+    after = start(tmp_path, KILL="yes", SLURM_JOB_ID="7")
+    assert "SLURM_JOB_ID" in inside(after)["spared"][str(survivor)]
+    assert is_running(survivor)
+
+
+def test_survivors_of_another_project_without_a_lock_are_left_alone(tmp_path):
+    """Runs that take no lock are told apart by their project."""
+    source = """
+        import subprocess, sys
+        from orchard_infra import EnvironmentConfig, InfrastructureManager, managed_environment
+        manager = InfrastructureManager(locker=None)
+        cfg = EnvironmentConfig(sys.argv[1], allow_process_kill=True)
+        with managed_environment(cfg, manager=manager) as env:
+            print("stopped", [f.pid for f in env.report.sanitized.stopped], flush=True)
+            if len(sys.argv) > 2:
+                print("child", subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+                sys.stdin.readline()
+        """
+    run = run_python(tmp_path, source, "one", "stay")
+    child = int(run.wait_for("child").split()[1])
+    run.kill()
+    run.finish()
+    other = run_python(tmp_path, tmp_path / "script.py", "two")
+    assert other.wait_for("stopped") == "stopped []"
+    assert is_running(child)
+    same = run_python(tmp_path, tmp_path / "script.py", "one")
+    assert same.wait_for("stopped") == f"stopped [{child}]"
+
+
+def test_what_a_program_leaves_whose_run_had_ended_is_reported_and_workers_are_stopped(tmp_path):
+    """The run was released, the program went on, and then it was killed."""
+    source = """
+        import os, signal, subprocess, sys
+        from orchard_infra import EnvironmentConfig, managed_environment
+        with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)) as env:
+            if len(sys.argv) > 1:
+                server = subprocess.Popen(["sleep", "1000"])
+                worker = os.fork()
+                if not worker:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                    signal.pause()
+            else:
+                found = env.report.sanitized
+                print("stopped", *(f.pid for f in found.stopped), flush=True)
+                survivors = (f.pid for f in found.spared if f.evidence == "survivor")
+                print("spared", *survivors, flush=True)
+        if len(sys.argv) > 1:
+            print("after", server.pid, worker, flush=True)
+            sys.stdin.readline()
+        """
+    run = run_python(tmp_path, source, "stay")
+    server, worker = (int(pid) for pid in run.wait_for("after").split()[1:])
+    # While the program lives, nothing of it is touched.
+    first = run_python(tmp_path, tmp_path / "script.py")
+    assert first.wait_for("stopped") == "stopped"
+    assert first.wait_for("spared") == "spared"
+    run.kill()
+    run.finish()
+    second = run_python(tmp_path, tmp_path / "script.py")
+    assert second.wait_for("stopped") == f"stopped {worker}"
+    assert second.wait_for("spared") == f"spared {server}"
+    wait_gone([worker])
+    assert is_running(server)
 
 
 def test_survivors_are_listed_with_the_command_that_clears_them_when_killing_is_off(tmp_path):
@@ -259,107 +490,6 @@ def test_a_daemon_that_opted_out_is_spared_below_a_survivor_that_is_stopped(tmp_
     assert is_running(daemon)
 
 
-LEFT = {"fork", "exec", "exec-setsid", "double-fork"}
-
-
-def test_leftover_children_are_stopped_at_the_end_of_the_block(tmp_path):
-    run = start(tmp_path, ",".join(sorted(LEFT)), KILL="yes")
-    pids = inside(run)["pids"]
-    run.tell()
-    assert run.finish() == 0, run.transcript()
-    assert [kind for kind, pid in pids.items() if is_running(pid)] == []
-
-
-@pytest.mark.parametrize("seen", ["alive", "defunct"])
-def test_a_double_fork_that_happens_during_the_look_is_found(tmp_path, seen):
-    """It was forked after the list of processes was made, and its parent has ended by the time
-    that it is looked at: found by chaos, and made to happen here."""
-    source = """
-        import os, sys, time
-        from orchard_infra import EnvironmentConfig, managed_environment
-        from orchard_infra.system import processes
-
-        def stale_list():
-            processes.parents = parents
-            found = parents()
-            os.write(go[1], b"!")
-            os.waitid(os.P_PID, between, os.WEXITED | os.WNOWAIT)
-            if sys.argv[1] == "defunct":
-                del found[between]
-            return found
-
-        go = os.pipe()
-        parents = processes.parents
-        with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)):
-            between = os.fork()
-            if not between:
-                os.read(go[0], 1)
-                pid = os.fork()
-                if pid:
-                    print("daemon", pid, flush=True)
-                    os._exit(0)
-                while True:
-                    time.sleep(1000)
-            processes.parents = stale_list
-        """
-    run = run_python(tmp_path, source, seen)
-    assert run.finish() == 0, run.transcript()
-    assert not is_running(int(run.wait_for("daemon").split()[1]))
-
-
-def test_leftover_children_are_named_and_left_when_killing_is_off(tmp_path):
-    run = start(tmp_path, ",".join(sorted(LEFT)))
-    pids = inside(run)["pids"]
-    run.tell()
-    run.finish()
-    for kind, pid in pids.items():
-        assert is_running(pid), kind
-        assert f"pid {pid} (leftover" in run.error_output, kind
-
-
-def test_leftover_children_are_stopped_on_shared_compute_as_well(tmp_path):
-    run = start(tmp_path, "exec", KILL="yes", SLURM_JOB_ID="7")
-    pid = inside(run)["pids"]["exec"]
-    run.tell()
-    assert run.finish() == 0
-    assert not is_running(pid)
-
-
-def test_a_daemon_that_opted_out_is_no_leftover(tmp_path):
-    run = start(tmp_path, "opted-out", KILL="yes")
-    pid = inside(run)["pids"]["opted-out"]
-    run.tell()
-    assert run.finish() == 0
-    assert is_running(pid)
-
-
-def test_children_from_before_the_block_and_excluded_ones_are_left(tmp_path):
-    run = run_python(
-        tmp_path,
-        """
-        import os, subprocess, sys
-        from orchard_infra import (
-            EnvironmentConfig,
-            GhostSanitizer,
-            InfrastructureManager,
-            managed_environment,
-        )
-        before = subprocess.Popen(["sleep", "1000"])
-        excluded = []
-        manager = InfrastructureManager(sanitizer=GhostSanitizer(spare=lambda p: p in excluded))
-        with managed_environment(EnvironmentConfig("x", allow_process_kill=True), manager=manager):
-            inside = subprocess.Popen(["sleep", "1000"])
-            excluded.append(subprocess.Popen(["sleep", "1000"]).pid)
-        print("done", before.pid, inside.pid, excluded[0], flush=True)
-        """,
-    )
-    before, within, excluded = map(int, run.wait_for("done").split()[1:])
-    run.finish()
-    assert is_running(before)
-    assert is_running(excluded)
-    assert not is_running(within)
-
-
 def test_a_run_that_ends_by_os_exit_leaves_nothing_to_the_next_but_its_files(tmp_path):
     run = run_python(
         tmp_path,
@@ -402,38 +532,6 @@ def test_a_worker_that_is_killed_is_the_program_s_own_business(tmp_path):
     )
     assert run.finish() == 0, run.transcript()
     assert run.output.splitlines() == ["worker -9", "left False False"]
-
-
-def test_two_environments_of_one_process_leave_each_other_s_children_alone(tmp_path):
-    run = run_python(
-        tmp_path,
-        """
-        import os, signal, subprocess
-        from orchard_infra import EnvironmentConfig, InfrastructureManager
-
-        one, two = (EnvironmentConfig(name, allow_process_kill=True) for name in ("one", "two"))
-        manager = InfrastructureManager()
-        manager.prepare_environment(one)
-        manager.prepare_environment(two)
-        forked = os.fork()
-        if not forked:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pause()
-        started = subprocess.Popen(["sleep", "1000"]).pid  # carries the id of "two"
-        manager.release_resources(one)
-        print("first", forked, started, flush=True)
-        input()
-        manager.release_resources(two)
-        print("second", flush=True)
-        """,
-    )
-    forked, started = map(int, run.wait_for("first").split()[1:])
-    assert is_running(forked)
-    assert is_running(started)
-    run.tell()
-    run.wait_for("second")
-    wait_gone([forked, started])
-    assert run.finish() == 0
 
 
 def test_a_killed_run_with_real_data_loader_workers_does_not_block_the_next(tmp_path):

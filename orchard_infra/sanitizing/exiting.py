@@ -1,0 +1,125 @@
+"""Daemonic children that ignore SIGTERM do not keep the interpreter from exiting.
+
+At its exit Python sends SIGTERM to the daemonic children of `multiprocessing`, and then waits for
+them without a limit: a worker that ignores SIGTERM, or that hangs, keeps the program there for
+ever. So those that still live a grace period after the exit has begun are killed.
+
+The background thread does that, and it must be there before: Python 3.12 starts no thread once
+the exit has begun, and the main thread is the one that waits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import attrs
+
+from orchard_infra.system import background, processes
+from orchard_infra.system.background import Task
+from orchard_infra.system.killing import stop_processes
+from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system.processes import ProcessIdentity
+
+_LOOK = 1.0  # seconds between two looks whether such children still live
+_FIRST = 100  # before the finalizers of multiprocessing itself, of which the first has 15
+
+
+@attrs.define(eq=False)
+class _Watch:
+    grace: float
+    exit_began: float | None = None
+    task: Task = attrs.field(init=False)
+    finalizer: Any = None
+
+    def __attrs_post_init__(self) -> None:
+        self.task = Task(self.look, time.monotonic() + _LOOK, at_exit=True)
+
+    def begin(self) -> None:
+        from multiprocessing.util import Finalize
+
+        self.finalizer = Finalize(None, self.note_exit, exitpriority=_FIRST)
+        background.add(self.task)
+
+    def note_exit(self) -> None:
+        """Called by multiprocessing in the main thread, before it ends its children."""
+        self.exit_began = time.monotonic()
+        self.task.due = self.exit_began + self.grace
+        background.wake()
+
+    def look(self) -> None:
+        """Called by the background thread."""
+        global _watch
+        children = _daemonic_children()
+        with uninterrupted(), _lock:
+            if not children:
+                if _watch is self:
+                    _watch = None
+                self.finalizer.cancel()
+                background.remove(self.task)
+                return
+        self.task.due = time.monotonic() + _LOOK
+        if self.exit_began is None:
+            return
+        due = self.exit_began + self.grace
+        if time.monotonic() < due:
+            self.task.due = due
+            return
+        pids = {child.pid for child in children}
+        stop_processes(children, grace=0.0, spare=lambda pid: pid not in pids)
+
+
+_watch: _Watch | None = None
+_lock = threading.Lock()
+
+
+def let_exit(grace: float) -> None:
+    """Kill the daemonic children of this process that still live ``grace`` seconds after the exit
+    of the interpreter has begun. Does nothing, and costs nothing, if there are none now.
+    """
+    global _watch
+    if not _daemonic_children():
+        return
+    with uninterrupted(), _lock:
+        if _watch is None:
+            _watch = _Watch(grace)
+            _watch.begin()
+        _watch.grace = grace
+
+
+def _daemonic_children() -> list[ProcessIdentity]:
+    """The live daemonic children that this process has started by `multiprocessing`.
+
+    `multiprocessing.active_children` would also reap those that have ended: a `Process.join` that
+    waits for one of them in another thread would then find no exit code.
+    """
+    module = sys.modules.get("multiprocessing.process")
+    found = []
+    for child in tuple(getattr(module, "_children", ())):
+        try:
+            pid = child.pid if child.daemon else None
+        except ValueError:  # it was closed
+            continue
+        stat = None if pid is None else processes.read_stat(pid)
+        # The pid may be somebody else's by now: it has to be a child, or one of a forkserver.
+        if pid is None or stat is None or processes.is_defunct(stat):
+            continue
+        if os.getpid() in itertools.islice(processes.ancestors(pid), 2):
+            found.append(ProcessIdentity(pid, stat.create_time))
+    return found
+
+
+def _start_anew() -> None:
+    """In a forked child. Another thread may have held the lock at the fork, and the children are
+    its parent's.
+    """
+    global _watch, _lock
+    _watch, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)

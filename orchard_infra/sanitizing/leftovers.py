@@ -1,0 +1,110 @@
+"""What a block has started, and what of it is still there when the block ends.
+
+The end of a block is not the end of the program: its pools, trackers and helpers go on, and are
+only named. `GhostSanitizer(leftovers="stop")` is for programs that want them gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+
+import attrs
+
+from orchard_infra.environment import Environment
+from orchard_infra.report import Finding
+from orchard_infra.runs.membership import (
+    Membership,
+    command_of,
+    is_ours,
+    orphans_of,
+)
+from orchard_infra.runs.record import RUN_ID_VARIABLE
+from orchard_infra.sanitizing.helpers import is_helper
+from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
+
+_GOES_ON = "goes on with the program"
+
+
+@attrs.frozen
+class Block:
+    """When a block began, on the clock of `ProcessIdentity`, and the descendants from before."""
+
+    began: float
+    before: frozenset[ProcessIdentity]
+
+    @classmethod
+    def begin(cls) -> Block:
+        return cls(processes.now(), frozenset(_descendants().values()))
+
+    def children(self) -> list[Finding]:
+        """What the block has started and is not gone, by a cheap look at our descendants alone."""
+        return [
+            Finding(pid, identity.create_time, command_of(pid), "leftover", _GOES_ON)
+            for pid, identity in sorted(_descendants().items())
+            if self._is_new(identity) and not is_helper(pid)
+        ]
+
+    def leftovers(
+        self, env: Environment, excluded: Callable[[int], str]
+    ) -> tuple[list[Finding], list[Finding]]:
+        """What is to be stopped of that, and what is not. Orphans are looked for, too.
+
+        ``excluded(pid)`` says why a process is not to be stopped, or nothing.
+        """
+        own = env.registry.find(env.run.run_id)
+        me = os.getpid()
+        above = {me, *processes.ancestors(me)}
+        parents = processes.parents()
+        found = {i for i in processes.below([me], parents).values() if self._is_new(i)}
+        young = [pid for pid, (_, create_time) in parents.items() if create_time >= self.began]
+        found.update(orphans_of(own, env.run.run_id, young))
+        runs = env.registry.runs()
+        others = Membership(tuple(r for r in runs if r.record.leader != env.run.leader))
+        # With two environments in one process, only the id tells whose child it is.
+        shares_process = any(
+            r.is_live and r.record.leader == env.run.leader and r != own for r in runs
+        )
+        directory = env.registry.directory_file()
+        ghosts, spared = [], []
+        for identity in sorted(found):
+            pid = identity.pid
+            if pid in above or not is_ours(pid) or is_helper(pid):
+                continue
+            leftover = Finding(pid, identity.create_time, command_of(pid), "leftover")
+            run = others.live_run_of(pid)
+            if run is not None:
+                reason = f"leads or belongs to a live run of {run.record.project}"
+            elif _led_a_run(pid, directory):
+                reason = "led a run of its own"
+            elif shares_process and not processes.started_with(
+                pid, RUN_ID_VARIABLE, (env.run.run_id,)
+            ):
+                reason = "may belong to another run of this process"
+            else:
+                reason = excluded(pid)
+            if reason:
+                spared.append(attrs.evolve(leftover, reason=reason))
+            else:
+                ghosts.append(leftover)
+        return ghosts, spared
+
+    def _is_new(self, identity: ProcessIdentity) -> bool:
+        return identity.create_time >= self.began and identity not in self.before
+
+
+def _descendants() -> dict[int, ProcessIdentity]:
+    """Those of this process. Mostly there are none, and one system call says so."""
+    return processes.tree(os.getpid()) if processes.has_children() else {}
+
+
+def _led_a_run(pid: int, directory: tuple[int, int] | None) -> bool:
+    """Whether a process, or one between it and us, led a run of its own that ended well: it may be
+    writing its results.
+    """
+    above = itertools.takewhile(lambda pid: pid != os.getpid(), processes.ancestors(pid))
+    return directory is not None and any(
+        processes.has_locked(process, directory) for process in (pid, *above)
+    )

@@ -1,0 +1,206 @@
+"""Twins and relatives: what is compared when two processes may run the same thing.
+
+Two processes are twins when everything that decides what they do is the same: the user, the
+program, its arguments, the working directory and the environment that they were started with.
+``SEED=2 python sweep.py`` is no twin of ``SEED=1 python sweep.py``. Whatever cannot be read
+makes no twin.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from orchard_infra.runs.environ import comparable, environment_digest
+from orchard_infra.runs.membership import is_ours
+from orchard_infra.runs.record import RunRecord
+from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, resolve
+from orchard_infra.system import processes
+
+_NAMED = 3  # variables in a message
+
+
+@attrs.frozen
+class Look:
+    """One process, or a dead run on record, as it is compared with others.
+
+    ``is_relative`` says that the script was named relative to some directory. ``environ`` is the
+    environment that the process was started with, None where it cannot be read. Of a dead run
+    only a ``digest`` is known, keyed by its ``run_id``. ``unsure`` says why a dead run can have no
+    twins.
+    """
+
+    pid: int
+    create_time: float
+    program: Program | None
+    cwd: str | None
+    is_relative: bool
+    environ: Mapping[str, str] | None = attrs.field(default=None, repr=False)
+    digest: str | None = None
+    run_id: str = ""  # the key of the digest
+    unsure: str = ""
+
+    @classmethod
+    def at(cls, pid: int, argv: Sequence[str]) -> Look | None:
+        """A live process; None where it runs no program that others may run, too."""
+        stat = processes.read_stat(pid)
+        typed = parse_command(argv)
+        if stat is None or typed is None:
+            return None
+        cwd = processes.read_cwd(pid)
+        return cls(
+            pid=pid,
+            create_time=stat.create_time,
+            program=resolve(typed, cwd),
+            cwd=cwd,
+            is_relative=typed.kind == "script" and not os.path.isabs(typed.target),
+            environ=processes.read_environ(pid) or None,  # zeros, after a change of the title
+        )
+
+    @classmethod
+    def at_myself(cls) -> Look | None:
+        """What this process runs; None where that is nothing that others may run, too."""
+        me = cls.at(os.getpid(), sys.orig_argv)
+        if me is None or me.program is None:
+            return None
+        # After a chdir, a relative script resolves to another file. Only this process knows for
+        # itself which one it runs.
+        ran = getattr(sys.modules.get("__main__"), "__file__", None)
+        if me.is_relative and ran is not None and os.path.realpath(ran) != me.program.target:
+            return None
+        return me
+
+    @classmethod
+    def at_run(cls, record: RunRecord) -> Look | None:
+        """What a run on record executes, as far as that is certain."""
+        typed = parse_command(record.argv)
+        if typed is None or not record.is_local:
+            return None
+        if processes.is_alive(record.leader):
+            look = cls.at(record.pid, record.argv)
+            if look is None or look.create_time != record.create_time:
+                return None
+            return None if look.is_relative and not look.has_not_moved() else look
+        is_absolute = typed.kind == "script" and os.path.isabs(typed.target)
+        unsure = ""
+        if not is_absolute:
+            unsure = "nobody knows in which directory the dead run was started"
+        elif record.environment is None:
+            unsure = "the environment of the dead run is not on record"
+        return cls(
+            pid=record.pid,
+            create_time=record.create_time,
+            program=resolve(typed, record.cwd),
+            cwd=record.cwd,
+            is_relative=not is_absolute,
+            digest=record.environment,
+            run_id=record.run_id,
+            unsure=unsure,
+        )
+
+    def runs_what(self, other: Look) -> bool:
+        """Whether both run the same program, whatever its arguments are."""
+        if self.program is None or other.program is None:
+            return False
+        return (self.program.kind, self.program.target) == (
+            other.program.kind,
+            other.program.target,
+        )
+
+    def has_not_moved(self) -> bool:
+        """Whether it still is in the directory that it was started in."""
+        started_in = (self.environ or {}).get("PWD")
+        return started_in is not None and os.path.realpath(started_in) == self.cwd
+
+    def difference(self, me: Look) -> str:
+        """Why this process is no twin of mine; empty when it is one."""
+        if self.program is None or me.program is None or self.cwd is None:
+            return "cannot be read whole"
+        if self.program.arguments != me.program.arguments:
+            return "other arguments"
+        if self.cwd != me.cwd:
+            return "other working directory"
+        # It may have changed its directory, too: then "train.py" was another file.
+        same_start = (self.environ or {}).get("PWD") == (me.environ or {}).get("PWD")
+        if self.is_relative and not self.has_not_moved() and not same_start:
+            return "started in another directory"
+        return self._difference_of_environments(me) or me.unsure
+
+    def _difference_of_environments(self, me: Look) -> str:
+        if self.environ is None:
+            return "its environment cannot be read"
+        if me.environ is None:
+            if me.digest is None:
+                return me.unsure or "the environment of this process cannot be read"
+            digest = environment_digest(self.environ, me.run_id)
+            return "" if digest == me.digest else "other environment"
+        theirs, mine = comparable(self.environ), comparable(me.environ)
+        if theirs == mine:
+            return ""
+        names = sorted(name for name in {*theirs, *mine} if theirs.get(name) != mine.get(name))
+        # Only names: values may be secret.
+        more = ", ..." if len(names) > _NAMED else ""
+        return f"other environment ({', '.join(names[:_NAMED])}{more})"
+
+
+@attrs.define
+class Scan:
+    """One look at all processes of the machine for those that run what ``me`` runs.
+
+    Workers of one pool show the same command line, and so do the `sleep`s of a thousand shells:
+    what a command line says is worked out once for all of them.
+    """
+
+    me: Look
+    _typed: dict[bytes, Program | None] = attrs.field(factory=dict, init=False)
+    _files: dict[str, tuple[int, int] | None] = attrs.field(factory=dict, init=False)
+
+    def look(self) -> tuple[list[Look], list[int]]:
+        """Our processes of the same program, and the pids of those without a command line (kernel
+        threads, defunct processes). Nothing is compared yet.
+        """
+        alike, unnamed = [], []
+        for pid in processes.all_pids():
+            cmdline = processes.read_cmdline(pid)
+            if not cmdline:
+                unnamed.append(pid)
+                continue
+            if cmdline not in self._typed:
+                self._typed[cmdline] = self._parse(cmdline)
+            typed = self._typed[cmdline]
+            if typed is None or pid == self.me.pid or not self._is_same(pid, typed):
+                continue
+            look = Look.at(pid, processes.split_cmdline(cmdline))
+            if look is not None and look.runs_what(self.me) and is_ours(pid):
+                alike.append(look)
+        return alike, unnamed
+
+    def _parse(self, cmdline: bytes) -> Program | None:
+        """What a command line runs, if that may be what we run."""
+        if self.me.program is None or not might_be_python(cmdline):
+            return None
+        typed = parse_command(processes.split_cmdline(cmdline))
+        return None if typed is None or typed.kind != self.me.program.kind else typed
+
+    def _is_same(self, pid: int, typed: Program) -> bool:
+        """A first look by one stat(2): the same module, or a path that leads to the same file."""
+        mine = self.me.program
+        if mine is None or typed.kind == "module":
+            return mine is not None and typed.target == mine.target
+        path = typed.target
+        if not os.path.isabs(path):
+            path = os.path.join(processes.read_cwd(pid) or "/nowhere", path)
+        return self._file_at(path) == self._file_at(mine.target)
+
+    def _file_at(self, path: str) -> tuple[int, int] | None:
+        """The file to which a path leads, by device and inode; None for none."""
+        if path not in self._files:
+            try:
+                found = os.stat(path)
+                self._files[path] = found.st_dev, found.st_ino
+            except (OSError, ValueError):
+                self._files[path] = None
+        return self._files[path]
