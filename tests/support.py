@@ -25,6 +25,7 @@ import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -333,3 +334,25 @@ def as_nobody(call: Callable[[], T]) -> T:
     finally:
         reader.close()
         os.waitpid(pid, 0)
+
+
+def succeeds_in_a_fork(call: Callable[[], object], timeout: float = PATIENCE) -> bool:
+    """Whether ``call()`` returns a true value in a forked child, in time. One that hangs is killed,
+    also where it has blocked every signal.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            status = 0 if call() else 1
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ import threading
 import pytest
 
 from orchard_infra.system.exported import export
+from support import succeeds_in_a_fork
 
 NAME = "ORCHARD_TEST_EXPORTED"
 
@@ -103,15 +103,16 @@ def test_a_value_that_cannot_be_set_changes_nothing(before: str | None) -> None:
 
 def test_a_forked_child_keeps_the_value_and_can_set_its_own() -> None:
     withdraw = export(NAME, "a")
-    pid = os.fork()
-    if pid == 0:
+
+    def in_the_child() -> bool:
         withdraw()  # as the child does when it unwinds through its parent's block
-        kept = current() == "a"
+        kept = current()
         own = export(NAME, "child")
-        kept &= current() == "child"
+        set_to = current()
         own()
-        os._exit(0 if kept and current() == "a" else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+        return (kept, set_to, current()) == ("a", "child", "a")
+
+    assert succeeds_in_a_fork(in_the_child)
     withdraw()
 
 
@@ -126,12 +127,7 @@ def test_a_fork_while_another_thread_sets_the_variable_does_not_hang(before: str
     thread.start()
     try:
         for _ in range(40):
-            pid = os.fork()
-            if pid == 0:
-                signal.alarm(20)  # a child that hangs is a failure of the test
-                export(NAME, "child")()
-                os._exit(0)
-            assert os.waitpid(pid, 0)[1] == 0
+            assert succeeds_in_a_fork(lambda: export(NAME, "child"), timeout=20)
     finally:
         stop.set()
         thread.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import sys
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchard_infra.system import reserve
-from support import run_python
+from support import run_python, succeeds_in_a_fork
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a real limit on descriptors")
 
@@ -124,15 +123,15 @@ def test_no_program_that_is_started_inherits_it(held: set[int]) -> None:
 
 
 def test_a_forked_child_has_none_and_keeps_its_own(held: set[int]) -> None:
-    pid = os.fork()
-    if pid == 0:
+    def in_the_child() -> bool:
         inherited = held & descriptors()
         before = descriptors()
         reserve.hold()
         own = len(descriptors() - before)
         reserve.let_go()
-        os._exit(0 if (inherited, own) == (set(), 6) else 1)
-    assert os.waitpid(pid, 0)[1] == 0
+        return (inherited, own) == (set(), 6)
+
+    assert succeeds_in_a_fork(in_the_child)
     assert held <= descriptors()
     reserve.let_go()
 
@@ -153,22 +152,20 @@ def test_a_file_that_got_one_of_its_numbers_meanwhile_is_not_closed(held: set[in
 def test_a_fork_while_another_thread_begins_and_ends_does_not_hang() -> None:
     stop = threading.Event()
 
+    def begin_and_end_once() -> bool:
+        reserve.hold()
+        reserve.let_go()
+        return True
+
     def begin_and_end() -> None:
         while not stop.is_set():
-            reserve.hold()
-            reserve.let_go()
+            begin_and_end_once()
 
     thread = threading.Thread(target=begin_and_end)
     thread.start()
     try:
-        for _ in range(50):
-            pid = os.fork()
-            if pid == 0:
-                signal.alarm(20)  # a child that hangs is a failure of the test
-                reserve.hold()
-                reserve.let_go()
-                os._exit(0)
-            assert os.waitpid(pid, 0)[1] == 0
+        for _ in range(40):
+            assert succeeds_in_a_fork(begin_and_end_once, timeout=20)
     finally:
         stop.set()
         thread.join()
