@@ -4,7 +4,7 @@ Workers of a forkserver carry no run id and hold no file of the run, if that ser
 before the run. After a kill -9 of the program they are orphans like any other. So a run writes
 down who is below it, at its prepare and now and then: one line for each process, appended.
 
-    4242 81234.56            a process that was below the program
+    4242 81234.56 inside     a process that was below the program
     4240 81200.01 before     one that was there before the run began
     {"run_id": "ab12", ...}  a run of this program that has ended, and shares this file since
 """
@@ -28,7 +28,7 @@ from orchard_infra.system.processes import ProcessIdentity
 SUFFIX = ".members"
 _LIMIT = 2**20  # bytes that are read
 _GROWN = 1000  # lines from which on it is worth looking which of them are of use
-_LINE = re.compile(rb"(\d{1,10}) (\d{1,12}(?:\.\d{1,20})?)( before)?")
+_LINE = re.compile(rb"(\d{1,10}) (\d{1,12}(?:\.\d{1,20})?) (inside|before)")  # a torn line is none
 
 
 @attrs.frozen
@@ -76,7 +76,7 @@ def read_members(path: str) -> Members:
         if match is not None:
             identity = ProcessIdentity(int(match[1]), float(match[2]))
             found.add(identity)
-            if match[3]:
+            if match[3] == b"before":
                 before.add(identity)
         elif line.startswith(b"{"):
             run = _to_folded(line)
@@ -108,7 +108,7 @@ class MembersFile:
     identities: dict[ProcessIdentity, bool] = attrs.field(factory=dict)  # True: before the run
     folded: dict[str, FoldedRun] = attrs.field(factory=dict)
     is_written: bool = False
-    _compact_at: int = _GROWN
+    compact_at: int = _GROWN
     _is_torn: bool = False
 
     def add(self, identities: Iterable[ProcessIdentity], *, before: bool = False) -> None:
@@ -179,7 +179,7 @@ class MembersFile:
         """Write it anew without what has become useless, when it has grown: processes that are
         gone, and runs whose id no process carries.
         """
-        if len(self.identities) + len(self.folded) < self._compact_at:
+        if len(self.identities) + len(self.folded) < self.compact_at:
             return
         living = self.alive()
         ids = _run_ids_in_use(self.folded.__contains__) if self.folded else set()
@@ -189,11 +189,11 @@ class MembersFile:
         smaller = MembersFile(self.path, identities, folded)
         if _replace(self.path, smaller._contents()):
             self.identities, self.folded = identities, folded
-        self._compact_at = max(_GROWN, 2 * (len(self.identities) + len(self.folded)))
+        self.compact_at = max(_GROWN, 2 * (len(self.identities) + len(self.folded)))
 
 
 def _line(identity: ProcessIdentity, before: bool) -> bytes:
-    return f"{identity.pid} {identity.create_time}{' before' * before}\n".encode()
+    return f"{identity.pid} {identity.create_time} {'before' if before else 'inside'}\n".encode()
 
 
 def _folded_line(run: FoldedRun) -> bytes:
