@@ -285,6 +285,101 @@ def test_children_are_found_without_the_kernel_s_list_too(tmp_path, monkeypatch)
     assert processes.children_of(top) == {middle}
 
 
+def test_whether_this_process_has_children_is_known_without_a_look_at_proc(tmp_path):
+    source = """
+        import os, signal
+        from orchard_infra.system import processes
+
+        def look():
+            return processes.has_children(), processes.has_live_child()
+
+        print("none", *look())
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        print("live", *look())
+        os.kill(child, 9)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        print("defunct", *look())
+        os.waitpid(child, 0)
+        print("reaped", *look())
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        if os.fork() == 0:
+            signal.pause()
+        print("ignored", *look(), flush=True)
+        os.closerange(0, 3)
+        os._exit(0 if look() == (True, True) else 1)
+    """
+    script = run_python(tmp_path, source)
+    assert script.finish() == 0
+    assert script.output.splitlines() == [
+        "none False False",
+        "live True True",
+        "defunct True False",
+        "reaped False False",
+        "ignored True True",
+    ]
+
+
+def test_a_tree_is_also_seen_by_the_kernel_s_lists_of_children(tmp_path):
+    top, middle, leaf = tree(tmp_path)
+    assert processes.tree(top) == processes.descendants([top])
+    assert set(processes.tree(top)) == {middle, leaf}
+    assert processes.tree(leaf) == {}
+    with zombie() as pid:
+        assert pid not in processes.tree(ME)
+
+
+def test_a_session_of_its_own_is_seen(tmp_path):
+    own = waiting(tmp_path)
+    other = waiting(tmp_path, start_new_session=True)
+    assert processes.session_of(own.pid) == os.getsid(0)
+    assert processes.session_of(other.pid) == other.pid
+    table = processes.table()
+    assert table[own.pid] == (ME, processes.identity_of(own.pid).create_time, os.getsid(0))
+    assert table[other.pid].session == other.pid
+    assert processes.session_of(2**31 - 1) is None
+
+
+def test_a_forked_child_knows_who_it_is(tmp_path):
+    """What a process knows of itself is looked up once, and a fork is another process."""
+    source = """
+        import os
+        from orchard_infra.system import processes
+        known = processes.own_identity(), processes.own_pid_namespace()
+        if os.fork() == 0:
+            assert processes.own_identity() == processes.identity_of(os.getpid()) != known[0]
+            os._exit(0)
+        _, status = os.wait()
+        print("child", status, known[0] == processes.own_identity(), flush=True)
+    """
+    assert run_python(tmp_path, source).wait_for("child") == "child 0 True"
+
+
+def test_a_process_is_gone_on_proof_alone(tmp_path):
+    script = waiting(tmp_path)
+    identity = processes.identity_of(script.pid)
+    assert not processes.is_gone(identity)
+    assert processes.is_gone(ProcessIdentity(script.pid, identity.create_time + 0.01))
+    script.kill()
+    wait_until(lambda: processes.is_gone(identity))  # not reaped yet
+    script.wait()
+    assert processes.is_gone(identity)
+
+
+def test_without_a_free_descriptor_nobody_is_taken_for_gone(tmp_path):
+    source = """
+        import os, resource
+        from orchard_infra.system import processes
+        parent = processes.identity_of(os.getppid())
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        seen = processes.is_alive(parent), processes.is_gone(parent)
+        print("alive, gone:", *seen, flush=True)
+    """
+    assert run_python(tmp_path, source).wait_for("gone:") == "alive, gone: False False"
+
+
 # What a process was started with
 
 
@@ -530,6 +625,60 @@ def test_a_lock_that_somebody_else_has_taken_or_that_is_shared_is_not_inherited(
         assert processes.has_inherited(ME, dict.fromkeys(files, ME)) is not None
         fcntl.flock(x, fcntl.LOCK_SH)
         assert processes.has_inherited(ME, dict.fromkeys(files, ME)) is None
+
+
+def test_who_locked_a_file_is_told_from_whom_it_forked(tmp_path):
+    (tmp_path / "x").touch()
+    source = LOCKS_AND_FORKS.replace("LOCK_EX", "LOCK_SH")
+    script = run_python(tmp_path, source)
+    child = int(script.wait_for("forked").split()[1])
+    with open(tmp_path / "x", "r+") as x:
+        fcntl.flock(x, fcntl.LOCK_SH)
+        file = identity(x.fileno())
+        assert processes.has_locked(script.pid, file)
+        assert processes.has_locked(ME, file)
+        assert not processes.has_locked(child, file)
+        assert not processes.has_locked(script.pid, (0, 0))
+
+
+def test_an_inherited_file_must_have_its_name_where_that_is_known(tmp_path):
+    """The number of an inode goes to a new file as soon as the old one is removed."""
+    (tmp_path / "x").touch()
+    with open(tmp_path / "x", "r+") as x:
+        fcntl.flock(x, fcntl.LOCK_EX)
+        file = identity(x.fileno())
+        (tmp_path / "x").unlink()
+        assert processes.has_inherited(ME, {file: ME}, names={file: "x"}) == file
+        assert processes.has_inherited(ME, {file: ME}, names={file: "y"}) is None
+
+
+@needs_namespaces
+def test_who_has_a_compute_device_open_holds_an_accelerator_and_a_monitor_does_not(tmp_path):
+    """On a /dev of its own, with plain files of these names."""
+    source = """
+        import os, subprocess
+        from orchard_infra.system import processes
+        subprocess.run(["mount", "-t", "tmpfs", "none", "/dev"], check=True)
+        for directory in ("accel", "dri"):
+            os.mkdir(f"/dev/{directory}")
+        for name in (
+            "nvidia0", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset", "kfd",
+            "accel/accel0", "accel/accel_controlD0", "accel1", "davinci0", "davinci_manager",
+            "dri/renderD128", "dri/card0",
+        ):
+            with open(f"/dev/{name}", "w"):
+                print(name, processes.holds_accelerator(os.getpid()), flush=True)
+        print("end", processes.holds_accelerator(os.getpid()), flush=True)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(source))
+    command = ["unshare", "-m", sys.executable, str(tmp_path / "script.py")]
+    script = run_command(tmp_path, command)
+    script.wait_for("end")
+    found = dict(line.rsplit(" ", 1) for line in script.output.splitlines())
+    assert [name for name, held in found.items() if held == "True"] == [
+        *("nvidia-uvm", "kfd", "accel/accel0", "accel1", "davinci0")
+    ]
+    assert not processes.holds_accelerator(2**31 - 1)
 
 
 # Nobody

@@ -21,6 +21,7 @@ import pytest
 
 from orchard_infra.errors import InfrastructureError
 from orchard_infra.runs import registry as runs
+from orchard_infra.runs.environ import environment_digest
 from orchard_infra.runs.record import (
     RECORD_LIMIT,
     RUN_ID_VARIABLE,
@@ -302,6 +303,79 @@ def test_nobody_s_namespace_is_known_to_be_ours_when_ours_is_unknown(monkeypatch
     assert not leader_is_dead(attrs.evolve(record, pid=2**31 - 1))
 
 
+@needs_namespaces
+def test_a_host_name_that_changes_makes_nobody_a_stranger(tmp_path, registry):
+    """DHCP and VPNs do that: a live run could no more be stopped, a dead one blocked the next."""
+    source = textwrap.dedent(RUN).replace(
+        'case "leave":',
+        """case "rename":
+            import socket
+            socket.sethostname("renamed")
+            answer = socket.gethostname(), record.host, RunRegistry().runs()[0].record.is_local
+        case "leave":""",
+    )
+    (tmp_path / "script.py").write_text(source)
+    command = ["unshare", "--uts", sys.executable, str(tmp_path / "script.py")]
+    script = run_command(tmp_path, command)
+    run = Run(script, script.wait_for("registered").split()[1])
+    run.do("run")
+    assert run.do("rename") == f"('renamed', '{socket.gethostname()}', True)"
+    renamed = attrs.evolve(registry.find(run.run_id).record, host="renamed")
+    assert renamed.is_local
+    assert not leader_is_dead(renamed)
+    run.kill()
+    assert leader_is_dead(renamed)
+    assert state_of(registry, run.run_id) is RunState.DEAD
+
+
+@needs_another_user
+@needs_namespaces
+def test_another_user_s_run_that_proc_hides_is_unknown_and_never_dead(tmp_path):
+    source = """
+        import ctypes, os, subprocess, sys
+        from orchard_infra.runs.record import describe_this_run, leader_is_dead
+        from orchard_infra.system import processes
+        import attrs
+
+        child = subprocess.Popen(["sleep", "1000"])
+        identity = processes.identity_of(child.pid)
+        record = attrs.evolve(
+            describe_this_run("digits"), pid=child.pid, create_time=identity.create_time
+        )
+        subprocess.run(["mount", "-t", "proc", "-o", "hidepid=2", "proc", "/proc"], check=True)
+        read, write = os.pipe()
+        looker = os.fork()
+        if looker == 0:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            shown = os.path.exists(f"/proc/{child.pid}/stat")
+            print("alive:", shown, leader_is_dead(record), flush=True)
+            os.read(read, 1)
+            print("gone:", leader_is_dead(record), flush=True)
+            os._exit(0)
+        sys.stdin.readline()
+        child.kill()
+        child.wait()
+        os.write(write, b".")
+        os.waitpid(looker, 0)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(source))
+    command = ["unshare", "-m", sys.executable, str(tmp_path / "script.py")]
+    script = run_command(tmp_path, command)
+    assert script.wait_for("alive:") == "alive: False False"
+    script.tell()
+    assert script.wait_for("gone:") == "gone: True"
+
+
+def test_another_boot_proves_death_only_where_the_kernel_s_lock_is_free():
+    record = record_of(boot_id="another")
+    assert not leader_is_dead(record)
+    assert leader_is_dead(record, lock_is_free=True)
+    assert not leader_is_dead(record_of(boot_id=""), lock_is_free=True)
+    assert not leader_is_dead(record_of(), lock_is_free=True)  # it is this very process
+
+
 @pytest.mark.parametrize("stated", [RunState.WAITING, RunState.RUNNING, None])
 @pytest.mark.parametrize("alive", [True, False], ids=["alive", "dead"])
 def test_on_a_file_system_without_locks_the_process_tells(registry, monkeypatch, stated, alive):
@@ -317,6 +391,79 @@ def test_on_a_file_system_without_locks_the_process_tells(registry, monkeypatch,
     expected = (stated or RunState.RUNNING) if alive else RunState.DEAD
     assert state_of(registry, record.run_id) is expected
     assert not registry.remove(registry.find(record.run_id))
+
+
+# The environment that a run was started with
+
+
+def digest_of_a_process(tmp_path: Path, *words: str, **environ: str | None) -> str | None:
+    script = run_command(tmp_path, [*words, "sleep", "1000"], env=environ)
+    wait_until(lambda: processes.read_cmdline(script.pid) == b"sleep\x001000\0")
+    return environment_digest(script.pid, "ab12")
+
+
+def test_environments_are_the_same_when_only_the_shell_differs(tmp_path):
+    plain = digest_of_a_process(tmp_path, SEED="1")
+    assert plain is not None
+    shell = {
+        "PWD": "/x",
+        "OLDPWD": "/y",
+        "SHLVL": "7",
+        "_": "/bin/sleep",
+        "TERM": "vt100",
+        "TERM_PROGRAM": "a",
+        "TMUX": "a",
+        "TMUX_PANE": "%1",
+        "SSH_TTY": "/dev/pts/9",
+        "WINDOWID": "7",
+        "XDG_SESSION_ID": "9",
+        "INVOCATION_ID": "a",
+        "VSCODE_PID": "1",
+        RUN_ID_VARIABLE: "cd34",
+    }
+    assert digest_of_a_process(tmp_path, SEED="1", **shell) == plain
+    for other in (
+        {"SEED": "2"},
+        {"SEED": "1", "CUDA_VISIBLE_DEVICES": "1"},
+        {"SEED": "1", "XTERM": "vt100"},
+        {"SEED": "1", "DISPLAY": ":0.1"},
+        {"SEED": None},
+    ):
+        assert digest_of_a_process(tmp_path, **other) != plain, other
+
+
+def test_the_order_of_variables_does_not_tell_two_environments_apart():
+    one, other = b"B=2\0A=1\nPWD=/x\0", b"A=1\nPWD=/x\0PWD=/y\0B=2\0"
+    digest = environment_digest(one, "ab12")
+    assert digest == environment_digest(other, "ab12")
+    assert digest == environment_digest({"A": "1\nPWD=/x", "B": "2"}, "ab12")
+    assert digest != environment_digest(b"A=1\0B=2\0", "ab12")
+
+
+@pytest.mark.parametrize("unreadable", [None, b"", b"\0" * 500, {}, 2**31 - 1])
+def test_an_environment_that_cannot_be_read_has_no_digest(unreadable):
+    assert environment_digest(unreadable, "ab12") is None
+
+
+def test_the_same_environment_has_another_digest_in_another_run():
+    digests = {environment_digest(b"A=1\0", run_id) for run_id in ("ab12", "ab13", "a" * 64)}
+    assert len(digests) == 3
+
+
+def test_the_digest_is_in_the_registry_alone_and_of_the_initial_environment(tmp_path, registry):
+    run = start(tmp_path)
+    record = registry.find(run.run_id).record
+    assert record.environment == environment_digest(run.script.pid, run.run_id)
+    assert record.environment.encode() in (registry.directory / f"{run.run_id}.run").read_bytes()
+    assert record.environment.encode() not in to_json(record)
+    assert record.environment not in repr(record)
+    monkeyed = describe_this_run("digits", environ={"SEED": "7"})
+    assert monkeyed.environment == environment_digest(os.getpid(), monkeyed.run_id)
+
+
+def test_a_wrapped_command_is_on_record_in_the_wrapper_s_place():
+    assert describe_this_run("digits", argv=["./train.sh", "-x"]).argv == ("./train.sh", "-x")
+    assert describe_this_run("digits").session == os.getsid(0)
 
 
 # Registering
@@ -553,7 +700,7 @@ def test_a_record_that_nobody_could_read_cannot_be_made(changes):
 
 @pytest.mark.parametrize("arguments", [{"project": "x" * 10_000}, {"lock": "x" * 10_000}])
 def test_a_run_that_cannot_be_recorded_is_a_clear_error(arguments):
-    with pytest.raises(InfrastructureError, match="the run cannot be recorded: (project|lock)"):
+    with pytest.raises(InfrastructureError, match=r"cannot be recorded: (project|lock) "):
         describe_this_run(**{"project": "digits", **arguments})
 
 
