@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import copy
 import ctypes
 import functools
 import gc
 import importlib.util
+import pickle
 import sys
 import threading
 import weakref
@@ -23,7 +25,11 @@ from unittest import mock
 
 import pytest
 
-from orchard_infra.devices.torch_caches import DeviceMemory, Flusher, FlushReport, TorchCacheFlusher
+from forking import ForkServer
+from orchard_infra.devices.torch_caches import TorchCacheFlusher
+from orchard_infra.environment import Environment
+from orchard_infra.report import DeviceMemory
+from orchard_infra.runs.record import describe_this_run
 from support import run_python
 
 needs_torch = pytest.mark.skipif(
@@ -44,6 +50,31 @@ def run(tmp_path: Path, source: str) -> str:
     return script.output
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """Forks scripts that have imported torch: that takes two seconds each."""
+    with ForkServer("torch", "orchard_infra.devices.torch_caches") as server:
+        yield server
+
+
+@pytest.fixture
+def run_torch(tmp_path: Path, server: ForkServer) -> Callable[[str], str]:
+    """Run it in a process of its own that has imported torch; what it printed."""
+
+    def run(source: str) -> str:
+        script = server.run_python(tmp_path, source)
+        assert script.finish() == 0, script.transcript()
+        return script.output
+
+    return run
+
+
+@pytest.fixture
+def some_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a torch that has no devices."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+
+
 # Nothing is initialised for it
 
 
@@ -53,19 +84,20 @@ def test_without_torch_it_stays_unimported(tmp_path: Path) -> None:
         """
         import sys
         from orchard_infra.devices.torch_caches import TorchCacheFlusher
-        print("ctypes" in sys.modules, "torch" in sys.modules)
+        report = TorchCacheFlusher().flush()
+        # Nothing that takes long is done, either.
+        print("ctypes" in sys.modules)
         report = TorchCacheFlusher().flush(MemoryError())
         print(report.devices, report.failures, report.rss_before > 0, report.rss_after > 0)
         print([name for name in sys.modules if name.partition(".")[0] == "torch"])
         """,
     )
-    assert output.splitlines() == ["False False", "() () True True", "[]"]
+    assert output.splitlines() == ["False", "() () True True", "[]"]
 
 
 @needs_torch
-def test_a_cuda_that_is_not_in_use_is_not_asked_anything(tmp_path: Path) -> None:
-    output = run(
-        tmp_path,
+def test_a_cuda_that_is_not_in_use_is_not_asked_anything(run_torch: Callable[[str], str]) -> None:
+    output = run_torch(
         """
         import torch
         from orchard_infra.devices.torch_caches import TorchCacheFlusher
@@ -101,9 +133,10 @@ def test_a_cuda_that_is_not_in_use_is_not_asked_anything(tmp_path: Path) -> None
 
 
 @needs_torch
-def test_the_cpu_build_is_a_silent_no_op_where_torch_accelerator_raises(tmp_path: Path) -> None:
-    output = run(
-        tmp_path,
+def test_the_cpu_build_is_a_silent_no_op_where_torch_accelerator_raises(
+    run_torch: Callable[[str], str],
+) -> None:
+    output = run_torch(
         """
         import torch
         from orchard_infra.devices.torch_caches import TorchCacheFlusher
@@ -151,9 +184,8 @@ def test_a_torch_that_is_not_quite_torch_is_left_alone(
 
 @needs_glibc
 @needs_torch
-def test_the_memory_of_many_freed_small_tensors_goes_back(tmp_path: Path) -> None:
-    output = run(
-        tmp_path,
+def test_the_memory_of_many_freed_small_tensors_goes_back(run_torch: Callable[[str], str]) -> None:
+    output = run_torch(
         """
         import torch
         from orchard_infra.devices.torch_caches import TorchCacheFlusher
@@ -198,18 +230,42 @@ def test_another_system_is_not_trimmed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TorchCacheFlusher().flush().failures == ()
 
 
-def test_garbage_in_cycles_is_collected() -> None:
+def garbage() -> weakref.ref[Held]:
+    """What only the garbage collector can free."""
     held = Held()
     held.itself = held  # type: ignore[attr-defined]
-    alive = weakref.ref(held)
+    return weakref.ref(held)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
     gc.disable()
     try:
-        del held
-        assert alive() is not None
-        TorchCacheFlusher().flush()
-        assert alive() is None
+        yield
     finally:
         gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection", "some_torch")
+def test_garbage_in_cycles_is_collected() -> None:
+    alive = garbage()
+    assert alive() is not None
+    TorchCacheFlusher().flush()
+    assert alive() is None
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_without_torch_garbage_is_collected_only_after_an_out_of_memory_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes longer than the rest of a release."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    alive = garbage()
+    TorchCacheFlusher().flush()
+    TorchCacheFlusher().flush(ValueError())
+    assert alive() is not None
+    TorchCacheFlusher(clear_frames=False).flush(MemoryError())
+    assert alive() is None
 
 
 # After an out-of-memory error
@@ -448,9 +504,10 @@ def test_a_generator_that_the_error_ended_is_cleared() -> None:
 
 
 @needs_torch
-def test_a_real_tensor_is_freed_after_a_real_out_of_memory_error(tmp_path: Path) -> None:
-    output = run(
-        tmp_path,
+def test_a_real_tensor_is_freed_after_a_real_out_of_memory_error(
+    run_torch: Callable[[str], str],
+) -> None:
+    output = run_torch(
         """
         import weakref
         import torch
@@ -642,10 +699,9 @@ def test_mps_is_emptied_only_where_somebody_asked_for_it(
 
 
 @needs_torch
-def test_a_plug_in_device_is_emptied(tmp_path: Path) -> None:
+def test_a_plug_in_device_is_emptied(run_torch: Callable[[str], str]) -> None:
     """The device is made up, and registered with the real torch as vendors do it."""
-    output = run(
-        tmp_path,
+    output = run_torch(
         """
         import types
         import torch
@@ -796,11 +852,90 @@ def test_a_timeout_is_a_positive_number(timeout: float) -> None:
         TorchCacheFlusher(timeout=timeout)
 
 
-def test_any_object_with_a_flush_is_a_flusher() -> None:
-    class Mine:
-        def flush(self, error: BaseException | None = None) -> FlushReport:
-            return FlushReport()
+# Around a run
 
-    flushers: list[Flusher] = [Mine(), TorchCacheFlusher()]
-    assert [flusher.flush().devices for flusher in flushers] == [(), ()]
-    assert FlushReport().rss_freed is None
+
+@pytest.fixture
+def env() -> Environment:
+    return Environment(describe_this_run("digits"), Path("/x.lock"))
+
+
+def test_the_flush_comes_when_the_run_ends(
+    env: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for cuda."""
+    cuda = StandIn("cuda", {0: 500})
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(cuda))
+    with TorchCacheFlusher().around(env):
+        assert cuda.emptied_on == []
+        assert env.report.flushed is None
+    assert env.report.flushed is not None
+    assert env.report.flushed.devices == (DeviceMemory("cuda:0", before=500, after=1),)
+
+
+def test_the_flush_is_told_of_the_error_that_ended_the_run(env: Environment) -> None:
+    alive: list[weakref.ref[Held]] = []
+    with pytest.raises(MemoryError) as caught, TorchCacheFlusher().around(env):
+        training(alive, MemoryError())
+    assert alive[0]() is None
+    assert caught.value.__traceback__ is not None
+
+
+def test_a_run_that_went_well_while_another_error_was_handled_is_not_taken_for_a_failed_one(
+    env: Environment,
+) -> None:
+    alive: list[weakref.ref[Held]] = []
+    kept = caught(training, alive, MemoryError())
+    try:
+        raise kept
+    except MemoryError:
+        with TorchCacheFlusher().around(env):
+            pass
+    assert alive[0]() is not None
+
+
+def test_a_failure_is_a_warning_and_in_the_report(
+    env: Environment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stand-in for a cuda whose context is dead."""
+    cuda = StandIn("cuda", {0: 500})
+    monkeypatch.setattr(cuda, "empty_cache", lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(cuda))
+    with TorchCacheFlusher().around(env):
+        pass
+    words = "cuda cache: ZeroDivisionError: division by zero"
+    assert env.report.flushed is not None
+    assert env.report.flushed.failures == (words,)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"device caches: {words}")
+    ]
+
+
+def test_a_flusher_holds_nothing_of_a_run_and_serves_several_at_once(env: Environment) -> None:
+    flusher = TorchCacheFlusher(timeout=7.0)
+    other = Environment(describe_this_run("other"), Path("/y.lock"))
+    with flusher.around(env):
+        with flusher.around(other):
+            assert pickle.loads(pickle.dumps(flusher)) == copy.deepcopy(flusher) == flusher
+        assert env.report.flushed is None
+    assert env.report.flushed is not None
+    assert other.report.flushed is not None
+
+
+def test_at_interpreter_exit_a_device_is_no_failure(tmp_path: Path) -> None:
+    """A stand-in for cuda. From Python 3.12 on no thread can be started then."""
+    output = run(
+        tmp_path,
+        """
+        import atexit, sys
+        from types import SimpleNamespace
+        from orchard_infra.devices.torch_caches import TorchCacheFlusher
+
+        sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(
+            is_initialized=lambda: True, device_count=lambda: 1,
+            memory_reserved=lambda index: 500, empty_cache=lambda: None,
+        ))
+        atexit.register(lambda: print(TorchCacheFlusher().flush().failures))
+        """,
+    )
+    assert output == "()\n"

@@ -1,7 +1,7 @@
 """Giving memory back when a run ends: device caches, pinned host memory, the heap of this process.
 
 Only what this process has initialised is flushed. torch is looked up in `sys.modules` and never
-imported, no CUDA context is made, and nothing is called that could poison a later fork
+imported, no device context is made, and nothing is called that could break a later fork
 (``torch.cuda.is_available()`` can).
 """
 
@@ -13,61 +13,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 import attrs
-import psutil
 
-
-class Flusher(Protocol):
-    """What gives memory back at the end of a run, before the lock is released."""
-
-    def flush(self, error: BaseException | None = None) -> FlushReport:
-        """Give back what can be given back. ``error`` is the exception that ended the run, if any.
-
-        A step that fails belongs into the report: what is raised here is taken for a failed
-        release.
-        """
-        ...
-
-
-@attrs.frozen
-class DeviceMemory:
-    """What torch's caching allocator held on one device, in bytes.
-
-    ``device`` is a name as torch spells it, such as ``cuda:0``. Tensors that are still alive
-    count too, before and after; the context of the process does not.
-    """
-
-    device: str
-    before: int
-    after: int
-
-    @property
-    def freed(self) -> int:
-        return self.before - self.after
-
-
-@attrs.frozen
-class FlushReport:
-    """What a flush did.
-
-    ``devices`` has those that this process had initialised. ``rss_before`` and ``rss_after`` are
-    the resident memory of this process in bytes, None where the system does not say.
-    ``failures`` has one line for each step that failed; the other steps were done all the same.
-    """
-
-    devices: tuple[DeviceMemory, ...] = ()
-    rss_before: int | None = None
-    rss_after: int | None = None
-    failures: tuple[str, ...] = ()
-
-    @property
-    def rss_freed(self) -> int | None:
-        if self.rss_before is None or self.rss_after is None:
-            return None
-        return self.rss_before - self.rss_after
+from orchard_infra.devices import heap
+from orchard_infra.devices.out_of_memory import clear_frames, is_out_of_memory
+from orchard_infra.environment import Environment
+from orchard_infra.report import DeviceMemory, FlushReport
 
 
 @attrs.frozen
@@ -78,43 +32,84 @@ class TorchCacheFlusher:
     stream): a captured CUDA graph holds their bare addresses, and its next replay would fault
     (https://github.com/pytorch/pytorch/issues/193402).
 
+    In a process that has not loaded torch no garbage is collected: that takes longer than all the
+    rest of a release, and frees no device.
+
     ``trim_heap``: give free pages of the glibc heap back to the system (malloc_trim(3)). With
     another C library, or off Linux, nothing is done.
 
     ``clear_frames``: after an out-of-memory error, clear the local variables of the functions
-    that its traceback went through; they keep their tensors alive for as long as the exception
+    that its traceback goes through; they keep their tensors alive for as long as the exception
     is kept. After any other error they stay, for debuggers and error reports.
 
     ``timeout``: seconds to wait for the devices. Freeing device memory waits for the kernels in
     flight, and a collective whose peer has died never ends: without a bound the crash of one rank
-    would be a hang of the others, and the lock would stay. After it the flush goes on in the
-    background while the run is released.
+    would be a hang of the others, and the lock would never be released. After the timeout the
+    flush goes on in the background, and the release counts as failed.
     """
 
     trim_heap: bool = True
     clear_frames: bool = True
     timeout: float = attrs.field(default=20.0, validator=attrs.validators.gt(0))
 
-    def flush(self, error: BaseException | None = None) -> FlushReport:
-        """Give the memory back; a step that fails is in the report, and the others go on.
+    def around(self, env: Environment) -> _FlushAtExit:
+        """Flush when the run ends. What was done is in ``env.report.flushed``."""
+        return _FlushAtExit(self, env)
 
-        Only what is no `Exception` comes through, such as a Ctrl-C. ``error`` itself stays as it
-        is, traceback included.
+    def flush(self, error: BaseException | None = None) -> FlushReport:
+        """Give the memory back. ``error`` is the exception that ended the run, if there is one.
+
+        A step that fails is in the report, and the others go on. Only what is not an `Exception`
+        is raised, such as a Ctrl-C. ``error`` itself stays as it is, traceback included.
         """
         failures: list[str] = []
-        rss_before = _resident_bytes()
-        if error is not None and self.clear_frames:
+        rss_before = heap.resident_bytes()
+        out_of_memory = False
+        if error is not None:
             with _noting(failures, "frames of the traceback"):
-                _clear_frames_after_out_of_memory(error)
-        # Before the caches: a tensor in a cycle still owns its block.
-        gc.collect()
+                out_of_memory = is_out_of_memory(error)
+                if out_of_memory and self.clear_frames:
+                    clear_frames(error)
+        torch = sys.modules.get("torch")
         devices: tuple[DeviceMemory, ...] = ()
-        with _noting(failures, "devices"):
-            devices = _flush_devices(self.timeout, failures)
-        if self.trim_heap:
+        if torch is not None or out_of_memory:
+            gc.collect()  # before the caches: a tensor in a cycle still owns its block
+        if torch is not None:
+            with _noting(failures, "devices"):
+                devices = _flush_devices(torch, self.timeout, failures)
+        # What fills the heap (numpy, torch) has loaded ctypes. Importing it takes 2 ms.
+        if self.trim_heap and (out_of_memory or "ctypes" in sys.modules):
             with _noting(failures, "heap"):
-                _trim_heap()
-        return FlushReport(devices, rss_before, _resident_bytes(), tuple(failures))
+                heap.trim()
+        return FlushReport(devices, rss_before, heap.resident_bytes(), tuple(failures))
+
+
+@attrs.frozen
+class _FlushAtExit:
+    # No generator: its frame would be in the traceback, and would hold the error.
+    flusher: TorchCacheFlusher
+    env: Environment
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        report = self.flusher.flush(error)
+        self.env.report.flushed = report
+        for failure in report.failures:
+            self.env.logger.warning("device caches: %s", failure)
+        for memory in report.devices:
+            self.env.logger.debug(
+                "device caches: %d of %d bytes freed on %s",
+                memory.freed,
+                memory.before,
+                memory.device,
+            )
 
 
 @contextlib.contextmanager
@@ -127,81 +122,7 @@ def _noting(failures: list[str], step: str) -> Iterator[None]:
         failures.append(f"{step}: {lines[0][:200]}")
 
 
-# "can't allocate", "not enough memory": what torch's CPU allocator says on Linux and on Windows.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def _clear_frames_after_out_of_memory(error: BaseException) -> None:
-    errors = list(_with_causes(error))
-    if not any(_is_out_of_memory(one) for one in errors):
-        return
-    frames = [frame for one in errors for frame in _frames(one)]
-    suspended = _suspended(frames)
-    for frame in frames:
-        if frame not in suspended:
-            try:
-                frame.clear()
-            except RuntimeError:
-                pass  # still executing: a function that is around the run, or another thread
-
-
-def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what it was raised from, while handling, or together with; each one once."""
-    seen: set[int] = set()
-    pending: list[object] = [error]
-    while pending:
-        one = pending.pop()
-        if not isinstance(one, BaseException) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        pending += (one.__cause__, one.__context__)
-        members = getattr(one, "exceptions", ())  # an exception group, a backport's too
-        if isinstance(members, (tuple, list)):
-            pending += members
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    # By name, so that a torch that is not there need not be asked; CuPy's is called so, too.
-    if any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    message = str(error).lower()
-    return any(words in message for words in _OUT_OF_MEMORY)
-
-
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    step = error.__traceback__
-    while step is not None:
-        yield step.tb_frame
-        step = step.tb_next
-
-
-def _suspended(frames: list[FrameType]) -> set[FrameType]:
-    """The frames of generators and coroutines that somebody may still resume.
-
-    One that caught the error and went on is in its traceback, and before Python 3.13
-    ``frame.clear()`` closes it: the caller's generator would end early, its ``finally`` run now.
-    """
-    owners = (GeneratorType, CoroutineType, AsyncGeneratorType)
-    # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR, from the documentation of `inspect`.
-    candidates = [frame for frame in frames if frame.f_code.co_flags & (0x20 | 0x80 | 0x200)]
-    if not candidates:
-        return set()
-    # Nothing leads from a frame to its generator before Python 3.14.
-    found = set()
-    for owner in gc.get_referrers(*candidates):
-        if isinstance(owner, owners):
-            for name in ("gi_frame", "cr_frame", "ag_frame"):
-                found.add(getattr(owner, name, None))
-    return {frame for frame in candidates if frame in found}
-
-
-def _flush_devices(timeout: float, failures: list[str]) -> tuple[DeviceMemory, ...]:
-    torch = sys.modules.get("torch")
+def _flush_devices(torch: Any, timeout: float, failures: list[str]) -> tuple[DeviceMemory, ...]:
     backends = _initialised(torch, failures)
     if not backends:
         return ()
@@ -216,8 +137,13 @@ def _flush_devices(timeout: float, failures: list[str]) -> tuple[DeviceMemory, .
 
     # A thread can be waited for with a bound, and Ctrl-C ends the wait; a call into a driver
     # that does not return can neither be left nor interrupted.
-    thread = threading.Thread(target=flush, name="orchard_infra flush", daemon=True)
-    thread.start()
+    thread = threading.Thread(target=flush, name="orchard-infra-flush", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        if threading.main_thread().is_alive():
+            raise
+        return ()  # at interpreter exit: the memory goes back with the process
     thread.join(timeout)
     if thread.is_alive():
         failures.append(f"devices: still busy after {timeout:g} s, left to go on by themselves")
@@ -230,7 +156,7 @@ def _flush_devices(timeout: float, failures: list[str]) -> tuple[DeviceMemory, .
 def _initialised(torch: Any, failures: list[str]) -> list[tuple[str, Any]]:
     """The back ends of torch that this process has used, by name. Asking initialises nothing.
 
-    ``torch`` may be None, a module that is still being imported, or one that is only called so.
+    ``torch`` may be a module that is still being imported, or another one of that name.
     """
     names = ["cuda", "xpu", "mtia"]  # ROCm is under cuda
     plugin = _look_up(torch, "_C._get_privateuse1_backend_name")
@@ -332,21 +258,3 @@ def _look_up(start: Any, path: str) -> Any:
     for name in path.split("."):
         start = getattr(start, name, None)
     return start
-
-
-def _trim_heap() -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    # musl has no malloc_trim. ctypes releases the GIL around the call.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
-
-
-def _resident_bytes() -> int | None:
-    try:
-        return int(psutil.Process().memory_info().rss)
-    except (psutil.Error, OSError):
-        return None
