@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from signal import Signals
@@ -35,8 +36,14 @@ _LOCKING = {
         *("_clear_cache", "addLevelName", "basicConfig", "shutdown"),
     },
 }
-# Python prints what is raised in the callback of a weak reference, and goes on.
-_WEAK_FILES = {weakref.__file__, weakref.WeakSet.add.__code__.co_filename}
+# Python prints what is raised in the callback of a weak reference, and goes on. It drops what is
+# raised while it warns of a fork with threads, from Python 3.12 on.
+_LOSING_FILES = {
+    weakref.__file__,
+    weakref.WeakSet.add.__code__.co_filename,
+    warnings.__file__,
+    warnings.formatwarning.__code__.co_filename,
+}
 # The way into an environment, and out of it.
 _THRESHOLD = {
     *("__enter__", "__aenter__", "open", "prepare_environment", "prepare", "prepare_async"),
@@ -179,7 +186,7 @@ def is_bad_moment(frame: FrameType | None, *, waited: float) -> bool:
         if is_interrupted and waited < _LOCKING_LASTS and _is_locking(code):
             return True
         is_interrupted = code is Takeover._handle.__code__  # one that is just on its way back
-        if code.co_name == "__del__" or code.co_filename in _WEAK_FILES:
+        if code.co_name == "__del__" or code.co_filename in _LOSING_FILES:
             return True
         if code is _Fork.before.__code__ or (waited < _THRESHOLD_LASTS and _is_threshold(code)):
             return True
@@ -286,8 +293,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_forking() -> bool:
-    """Whether a signal that is sent now might be put off once more."""
-    return bool(_fork.under_way)
+    """Whether the main thread might put off a signal that is sent to it now, or lose a Ctrl-C."""
+    if _fork.under_way:
+        return True
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_code.co_filename in _LOSING_FILES:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _taken_over() -> list[int]:

@@ -293,6 +293,30 @@ def test_a_signal_around_a_fork_is_not_swallowed_with_it(tmp_path):
         assert "Exception ignored" not in run.error_output
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="needs a real warning of Python 3.12")
+def test_a_signal_while_python_warns_of_a_fork_with_threads_is_not_dropped_with_it(tmp_path):
+    run = start(
+        tmp_path,
+        """
+        import warnings
+        def showwarning(*args):
+            say("warned")
+            kill(signal.SIGTERM)
+            time.sleep(0.1)  # it comes again meanwhile
+        warnings.showwarning = showwarning
+        warnings.simplefilter("always")
+        with Armed():
+            pid = os.fork()
+            if not pid:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            time.sleep(1000)
+        """,
+    )
+    assert run.finish() == 143, run.transcript()
+    assert run.output.startswith("warned\n")
+
+
 def test_one_signal_ends_a_program_that_forks_all_the_time(tmp_path):
     runs = [
         start(
@@ -857,10 +881,10 @@ def test_in_a_subinterpreter_there_is_one_debug_line_and_the_flag_still_works(tm
         import time
         try:
             import _interpreters as interpreters
-            interpreter = interpreters.create("legacy")  # psutil refuses to load in another one
+            interpreter = interpreters.create("legacy")  # psutil refuses to load in the others
         except ImportError:
-            import _xxsubinterpreters as interpreters
-            interpreter = interpreters.create()
+            import sys, _xxsubinterpreters as interpreters
+            interpreter = interpreters.create(isolated=sys.version_info < (3, 12))
         print(interpreters.run_string(interpreter, open("inner.py").read()), flush=True)
         for attempt in range(100):
             try:
@@ -1302,11 +1326,12 @@ def test_what_is_held_while_callbacks_run_interrupts_a_release_that_hangs_as_wel
 
 
 def test_a_signal_at_any_instant_is_heard_and_ends_nobody(tmp_path):
-    """Hundreds of watches with a signal each: before, while it begins, meanwhile, at its end."""
+    """Hundreds of environments with a signal each: before, on the way in, meanwhile, at the end."""
     run = start(
         tmp_path,
         """
         import random
+        from orchard_infra import InfrastructureManager, managed_environment
         log.setLevel(logging.ERROR)
         me = os.getpid()
         asked, ask = os.pipe()
@@ -1315,27 +1340,23 @@ def test_a_signal_at_any_instant_is_heard_and_ends_nobody(tmp_path):
         if not sender:
             os.close(ask)
             while os.read(asked, 1):
-                until = time.perf_counter() + random.random() * 1e-3
+                until = time.perf_counter() + random.random() * 3e-3
                 while time.perf_counter() < until:
                     pass
                 os.kill(me, signal.SIGTERM)
                 os.write(answer, b"x")
             os._exit(0)
         sys.unraisablehook = lambda info: say("swallowed", info.exc_value, info.object)
+        nothing = dict(sanitizer=None, locker=None, flusher=None, cleaner=None)
+        manager = InfrastructureManager(**nothing)
         raised = 0
         for _ in range(400):
             around = Armed("flag").arm()
             os.write(ask, b"x")
             try:
-                watch = Armed().arm()
-                try:
+                with managed_environment("alone", manager=manager, logger=log):
                     for _ in range(2000):
                         pass
-                finally:
-                    watch.hold()
-                    late = watch.disarm()
-                    if late is not None:
-                        raise late
             except RunStopped:
                 raised += 1
             os.read(answered, 1)
