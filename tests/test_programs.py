@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchard_infra import programs
+import orchard_infra.sanitizing.programs
 from orchard_infra.sanitizing.programs import (
     Program,
     might_be_python,
@@ -396,15 +396,16 @@ def test_the_command_is_kept_as_typed_until_it_is_resolved(project: Path) -> Non
     assert resolve(command, str(project)) == Program("script", str(project / "train.py"), ("a",))
 
 
-def test_the_two_floors_load_nothing_heavy() -> None:
-    """Their own imports: the package around them needs psutil, and old versions of attrs too
-    load subprocess."""
+def test_the_parser_loads_nothing_heavy() -> None:
+    """Its own imports: the package around it needs psutil, and old versions of attrs load
+    subprocess as well."""
+    package = Path(orchard_infra.sanitizing.programs.__file__).parents[1]
     source = (
         "import sys, types, attrs\n"
         "before = set(sys.modules)\n"
         "package = sys.modules['orchard_infra'] = types.ModuleType('orchard_infra')\n"
-        f"package.__path__ = [{str(Path(programs.__file__).parent)!r}]\n"
-        "import orchard_infra.launch, orchard_infra.programs\n"
+        f"package.__path__ = [{str(package)!r}]\n"
+        "import orchard_infra.sanitizing.programs\n"
         "print(sorted({'subprocess', 'tempfile', 'multiprocessing', 'psutil', 'asyncio',"
         " 'importlib.metadata', 'torch'} & set(sys.modules) - before))"
     )
