@@ -40,6 +40,7 @@ from orchard_infra.system.background import Task
 from orchard_infra.system.exported import export
 from orchard_infra.system.masking import child_signals_deferred, uninterrupted
 
+_CALLBACKS = 30.0  # seconds that the release waits for callbacks of `on_stop`
 _TEND = 5.0  # seconds, at most, between two looks at the run's files and processes
 _open: list[Session] = []  # in the order in which they were prepared
 
@@ -115,6 +116,8 @@ class Session:
             env._begin()
             self._exits.callback("stop requests", env._end)
         self._enter_strategy("signal handlers", self.stopper)
+        if self.stopper is None:  # which would wait for them
+            env.before_release(functools.partial(env.wait_for_callbacks, _CALLBACKS))
         if joined is None:
             yield from self._enter_run()
         else:
@@ -253,7 +256,8 @@ class Session:
         """Raise the signal that came during the release, unless the program is ending anyway."""
         failures = self._exits.failures
         stop = next((f for f in failures if not isinstance(f, Exception)), None)
-        if stop is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+        # Who catches a Ctrl-C, such as a notebook, does not mean to catch a SIGTERM.
+        if stop is None or isinstance(error, SystemExit) or type(stop) is type(error):
             return
         stop.__context__ = error
         raise stop
