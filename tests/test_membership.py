@@ -556,6 +556,42 @@ def test_every_worker_of_a_dead_program_is_found_whatever_started_it(tmp_path, s
     assert all(processes.is_running(pid) for pid in program)
 
 
+def test_a_server_that_the_program_had_before_the_run_goes_on_with_its_workers(tmp_path):
+    """It is no part of the run, in whatever session it is, although it was written down."""
+    server = """
+        import multiprocessing, signal
+        if __name__ == "__main__":
+            workers = [
+                multiprocessing.get_context(method).Process(target=signal.pause)
+                for method in ("fork", "spawn", "forkserver")
+            ]
+            for worker in workers:
+                worker.start()
+            print("serving", flush=True)
+            signal.pause()
+    """
+    (tmp_path / "server.py").write_text(textwrap.dedent(server))
+    source = """
+        import subprocess, sys
+        from orchard_infra.runs.record import describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        words = [sys.executable, "server.py"]
+        for options in ({}, {"start_new_session": True}):
+            server = subprocess.Popen(words, stdout=subprocess.PIPE, **options)
+            server.stdout.readline()
+        registration = RunRegistry().register(describe_this_run("digits"))
+        registration.note_members()
+        print("registered", flush=True)
+        sys.stdin.readline()
+    """
+    run = run_python(tmp_path, source)
+    run.wait_for("registered")
+    assert len(processes.descendants([run.pid])) >= 2 * 5
+    run.kill()
+    run.wait()
+    assert survivors(tmp_path) == {}
+
+
 def test_loky_s_workers_are_workers_and_its_tracker_is_a_helper(tmp_path):
     require_module("joblib")
     source = """
@@ -590,14 +626,17 @@ def test_loky_s_workers_are_workers_and_its_tracker_is_a_helper(tmp_path):
 
 
 def test_a_process_that_led_a_run_of_its_own_well_is_no_survivor(tmp_path):
-    """A trial that was forked by a sweep: it writes its results when the sweep is killed."""
+    """A trial that was forked by a sweep: it writes its results when the sweep is killed, and so
+    does what it has started for that.
+    """
     source = """
-        import os, signal, sys
-        from orchard_infra.runs.record import describe_this_run
+        import os, signal, subprocess, sys
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
         from orchard_infra.runs.registry import RunRegistry
         former = RunRegistry().register(describe_this_run("former"))
         former.close()
         registration = RunRegistry().register(describe_this_run("sweep"))
+        os.environ[RUN_ID_VARIABLE] = registration.record.run_id
         pids = []
         for is_trial in (True, False):
             read, write = os.pipe()
@@ -605,6 +644,7 @@ def test_a_process_that_led_a_run_of_its_own_well_is_no_survivor(tmp_path):
             if pids[-1] == 0:
                 if is_trial:
                     RunRegistry().register(describe_this_run("trial")).end()
+                    writer = subprocess.Popen(["sleep", "1000"])
                 os.write(write, b".")
                 signal.pause()
             os.read(read, 1)
@@ -612,10 +652,32 @@ def test_a_process_that_led_a_run_of_its_own_well_is_no_survivor(tmp_path):
         sys.stdin.readline()
     """
     sweep = run_python(tmp_path, source)
-    _, idle = map(int, sweep.wait_for("forked").split()[1:])
+    trial, idle = map(int, sweep.wait_for("forked").split()[1:])
+    [writer] = processes.children_of(trial)
+    assert processes.is_running(writer)
     sweep.kill()
     sweep.wait()
     assert survivors(tmp_path) == {idle: "forked by the run"}
+
+
+def test_what_is_below_a_daemon_that_opted_out_is_no_survivor(tmp_path):
+    source = """
+        import os, subprocess, sys
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        registration = RunRegistry().register(describe_this_run("digits"))
+        script = f"{RUN_ID_VARIABLE}={registration.record.run_id} sleep 1000 & wait"
+        words = ["sh", "-c", script]
+        daemon = subprocess.Popen(words, env={**os.environ, RUN_ID_VARIABLE: ""})
+        print("started", daemon.pid, flush=True)
+        sys.stdin.readline()
+    """
+    run = run_python(tmp_path, source)
+    daemon = int(run.wait_for("started").split()[1])
+    wait_until(lambda: processes.children_of(daemon))
+    run.kill()
+    run.wait()
+    assert survivors(tmp_path) == {}
 
 
 def test_of_another_boot_nothing_has_survived_and_nobody_looks(registry, monkeypatch):

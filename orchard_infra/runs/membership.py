@@ -117,16 +117,27 @@ def kin(table: Mapping[int, Row] | None = None) -> set[int]:
     The workers of one pool show the same command line, and are no twins of each other. ``table``
     is that of `processes.table`, if there is one already.
     """
-    me = os.getpid()
-    cmdline = processes.read_cmdline(me)
-    above = list(processes.ancestors(me))
-    root = me
+    above, root = _above()
+    parents = processes.parents() if table is None else table
+    return {os.getpid(), *above, *processes.below([root], parents)}
+
+
+def is_kin(pid: int) -> bool:
+    """Whether a process is in `kin`, without a scan: for a few of them."""
+    above, root = _above()
+    return pid in above or root in (pid, *processes.ancestors(pid))
+
+
+def _above() -> tuple[list[int], int]:
+    """The ancestors of this process, and the oldest process that it may be a fork of."""
+    root = os.getpid()
+    cmdline = processes.read_cmdline(root)
+    above = list(processes.ancestors(root))
     for pid in above:
         if processes.read_cmdline(pid) != cmdline:
             break
         root = pid
-    parents = processes.parents() if table is None else table
-    return {me, *above, *processes.below([root], parents)}
+    return above, root
 
 
 def own_pids() -> Iterator[int]:

@@ -104,6 +104,7 @@ class _Search:
         self.table: Mapping[int, Row] = processes.table()
         self.near = kin(self.table)
         self.known: dict[int, _Member | None] = {}
+        self.spared: set[int] = set()
 
     def members(self) -> list[_Member]:
         found = [member for pid in self.table if (member := self.look(pid)) is not None]
@@ -143,30 +144,39 @@ class _Search:
         identity = ProcessIdentity(pid, row.create_time)
         environ = processes.raw_environ(pid)
         run_id = processes.value_in(environ, RUN_ID_VARIABLE)
-        if run_id == "":
-            return None  # it opted out, with all that is below it
+        if run_id == "" or row.ppid in self.spared:
+            self.spared.add(pid)  # it opted out, with all that is below it
+            return None
         run, evidence = self._evidence(pid, identity, run_id)
         if run is None and above is not None:
             run, evidence = above.run, f"child of pid {row.ppid}, which belongs to the run"
-        if run is None or self.live_run_of(pid) is not None or _led_a_run(pid, run):
+        if run is None:
+            return None
+        if self.live_run_of(pid) is not None or _led_a_run(pid, run):
+            self.spared.add(pid)
             return None
         cmdline = processes.read_cmdline(pid)
         role = role_of(cmdline)
-        if (above is not None and above.kind == "detached") or self._left_session(pid, row, run):
-            kind: _Kind = "detached"
-        elif (
+        is_detached = self._left_session(pid, row, run) or (
+            above is not None and above.kind == "detached"
+        )
+        is_worker = (
             evidence == _FORKED
             or role is not None
             or (above is not None and above.kind == "worker" and above.cmdline == cmdline)
             or (evidence != _STARTED and _is_fork(run.record, cmdline, environ))
-        ):
-            kind = "worker"
-        elif evidence == _WRITTEN_DOWN:
+        )
+        if evidence == _WRITTEN_DOWN and (is_detached or not is_worker):
             if identity in run.members.before:
-                return None  # another program, from before the run
-            kind = "detached"  # or one that was started without the run's environment, on purpose
-        else:
-            kind = "detached" if run.was_released else "program"
+                # Another program, that was not started by the run. It goes on, with its workers.
+                self.spared.add(pid)
+                return None
+            is_detached = True  # it was started without the run's environment, on purpose
+        kind: _Kind = "worker"
+        if is_detached or (run.was_released and not is_worker):
+            kind = "detached"
+        elif not is_worker:
+            kind = "program"
         return _Member(run, identity, cmdline, evidence, kind, role)
 
     def _evidence(
