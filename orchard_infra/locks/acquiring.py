@@ -103,9 +103,13 @@ def acquiring(
     timeout: float | None,
     clear_dead: ClearDead,
     logger: logging.Logger,
+    keep: Callable[[Lease], object] = lambda lease: None,
 ) -> Generator[Pause, None, Lease]:
     """Take a lock. Every `Pause` that comes out is to be waited for before the next step; the
     lease is what the generator returns. Close it when it is not carried on: nothing is left then.
+
+    ``keep`` is given the lease as soon as there is one, with signals blocked, to have it released
+    whatever happens next: a Ctrl-C may come before the generator has returned it.
 
     ``timeout`` is how long to wait for another run, in seconds: 0 fails at once, None waits for
     ever and never gives up. ``clear_dead`` stops what still lives of a dead holder, where that is
@@ -115,7 +119,7 @@ def acquiring(
         EnvironmentLockedError: Another run has it, or this very thread and task. It is logged.
         InfrastructureError: It cannot be taken at all. It is logged.
     """
-    attempt = _Attempt(lock, key, record, timeout, clear_dead, logger)
+    attempt = _Attempt(lock, key, record, timeout, clear_dead, logger, keep)
     try:
         try:
             attempt.begin()
@@ -143,16 +147,23 @@ def acquire(
     """Take a lock in this thread, and wait for it as long as the lock itself says."""
     if logger is None:
         logger = logging.getLogger("Infrastructure")
-    with contextlib.closing(
-        acquiring(lock, key, record, timeout=lock.timeout, clear_dead=clear_dead, logger=logger)
-    ) as steps:
-        while True:
-            try:
-                pause = next(steps)
-            except StopIteration as taken:
-                lease: Lease = taken.value
-                return lease
-            pause.wait()
+    lease: Lease | None = None
+    steps = acquiring(lock, key, record, timeout=lock.timeout, clear_dead=clear_dead, logger=logger)
+    try:
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    pause = next(steps)
+                except StopIteration as taken:
+                    lease = taken.value
+                    break
+                pause.wait()
+        assert lease is not None
+        return lease
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
 
 
 @attrs.define(eq=False)
@@ -165,6 +176,7 @@ class _Attempt:
     timeout: float | None
     clear_dead: ClearDead
     logger: logging.Logger
+    keep: Callable[[Lease], object]
     lease: Lease | None = attrs.field(default=None, init=False)
     _owner: _Owner = attrs.field(init=False)
     _place: Place | None = attrs.field(default=None, init=False)
@@ -208,6 +220,7 @@ class _Attempt:
                     outcome = self.lock.try_acquire(self.key, self.record)
                     if not isinstance(outcome, Held):
                         self.lease = outcome
+                        self.keep(outcome)
                         return True
                 self._consider(outcome.holder)
             elif time.monotonic() >= min(self._say_at, self._deadline):
@@ -365,7 +378,8 @@ def _is_dead(holder: RunRecord) -> bool:
     """Whether the holder of a lock that is held is proven dead. Another boot proves nothing then:
     somebody has the kernel's lock, on another host, say.
     """
-    return holder.is_local and leader_is_dead(holder)
+    with uninterrupted():  # a descriptor of /proc could get lost
+        return holder.is_local and leader_is_dead(holder)
 
 
 def _this_owner() -> _Owner:

@@ -79,14 +79,15 @@ class FileLock:
 
     def holder(self, key: LockKey) -> RunRecord | None:
         """See `Lock.holder`."""
-        try:
-            fd = files.open_existing(key.path, os.O_RDONLY)
-        except (OSError, InfrastructureError):
-            return None
-        try:
-            return _record_in(fd)
-        finally:
-            os.close(fd)
+        with uninterrupted():
+            try:
+                fd = files.open_existing(key.path, os.O_RDONLY)
+            except (OSError, InfrastructureError):
+                return None
+            try:
+                return _record_in(fd)
+            finally:
+                os.close(fd)
 
     def queue(self, key: LockKey) -> queue.Place:
         """See `QueuedLock.queue`."""
