@@ -43,6 +43,7 @@ from orchard_infra.runs.membership import (
     Membership,
     command_of,
     has_led_a_run,
+    is_kin,
     is_ours,
     kin,
 )
@@ -57,6 +58,7 @@ from orchard_infra.system.killing import stop_processes
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.processes import ProcessIdentity
 
+_FEW = 20
 _LOOKS = 5  # at what processes have started while others were stopped
 _TRACKERS = 1.0  # seconds that resource trackers have to clean up and end
 _LEFT_WELL = "its run ended well, and the program goes on"
@@ -308,12 +310,17 @@ class GhostSanitizer:
 
     def _look_around(self, me: Look, members: Membership, registry: RunRegistry) -> list[Finding]:
         alike, unnamed = Scan(me).look()
-        found = [self._judge(look, me, members, registry) for look in alike]
-        found += filter(None, (_defunct(pid, me) for pid in unnamed))
-        if found:
-            kindred = kin()
-            found = [finding for finding in found if finding.pid not in kindred]
-        return found
+        defunct = list(filter(None, (_defunct(pid, me) for pid in unnamed)))
+        # For a few, a walk upwards from each is cheaper than a scan of the machine.
+        kindred = kin() if len(alike) + len(defunct) > _FEW else None
+
+        def is_near(pid: int) -> bool:
+            return is_kin(pid) if kindred is None else pid in kindred
+
+        found = [
+            self._judge(look, me, members, registry) for look in alike if not is_near(look.pid)
+        ]
+        return found + [finding for finding in defunct if not is_near(finding.pid)]
 
     def _judge(self, other: Look, me: Look, members: Membership, registry: RunRegistry) -> Finding:
         pid = other.pid
