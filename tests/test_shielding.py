@@ -33,6 +33,7 @@ def say(*words):
     print(json.dumps(words), flush=True)
 
 def take_notes():
+    # After the workers are there: forked ones inherit handlers, and this one does not end them.
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda signum, frame: say("noted", signum))
 
@@ -47,7 +48,6 @@ POOLS = (
     RUN
     + """
 if __name__ == "__main__":
-    take_notes()
     context = multiprocessing.get_context(sys.argv[1])
     def pool():
         return context.Pool(2, initializer=shield_worker)
@@ -57,7 +57,9 @@ if __name__ == "__main__":
     def workers():
         found = [set(pool.map(pid, range(10), 1)) for pool in pools]
         return set.union(*found, *(set(executor.map(pid, range(10))) for executor in executors))
-    say("workers", *set.union(workers(), workers()))
+    found = set.union(workers(), workers())
+    take_notes()
+    say("workers", *found)
     for order in orders():
         if order == "work":
             say("worked", *workers())
@@ -81,14 +83,15 @@ class Pids(torch.utils.data.Dataset):
         return os.getpid()
 
 if __name__ == "__main__":
-    take_notes()
     def batches():
         return iter(DataLoader(Pids(), num_workers=1, worker_init_fn=shield_worker,
                                multiprocessing_context=sys.argv[1]))
     loaders = [batches(), batches(), batches()]
     def workers():
         return [int(next(loader)) for loader in loaders]
-    say("workers", *workers())
+    found = workers()
+    take_notes()
+    say("workers", *found)
     for order in orders():
         if order == "work":
             say("worked", *workers())
@@ -253,10 +256,10 @@ def use_terminal(_):
     return bool(done.returncode)
 
 if __name__ == "__main__":
-    take_notes()
     subprocess.run(["stty", "tostop", "-echo"], check=True)
     with multiprocessing.Pool(1, shield_worker(init), ("a", 1)) as pool:
         pool.apply(os.getpid)  # the initializer has been called
+        take_notes()
         say("ready")
         next(orders())
         say("refused", pool.map(use_terminal, [0]))

@@ -58,6 +58,8 @@ class ShieldWorker:
       for the calls that its workers are in.
     * A worker that cannot release the GIL is terminated as before, and killed with its parent by
       the kernel; where only the thread waits for the parent's end, it lives until it does.
+    * A handler that a forked worker has inherited stays. One that does not end the process makes
+      ``terminate()`` wait, as it does without a shield; those of `SignalStop` are not inherited.
     * The worker is in the background of the terminal: what it reads from there fails.
     * The fork server is told to leave the group as well, when the first shielded worker is about to
       start. One that is running by then is ended by the signal, and its workers with it: a
