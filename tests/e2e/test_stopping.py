@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support import Script, is_running, run_python, wait_gone, wait_until
+from forking import ForkServer
+from support import Script, is_running, require_module, run_python, wait_gone, wait_until
+
+server: ForkServer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> Iterator[None]:
+    global server
+    with ForkServer(
+        *("asyncio", "multiprocessing", "portalocker", "psutil"),
+        *("orchard_infra._public", "orchard_infra.locks.acquiring"),
+    ) as server:
+        yield
+
 
 # A run that says where it is. What it does inside is up to each test.
 RUN = """
@@ -17,7 +33,7 @@ RUN = """
     from orchard_infra import *
 
     logging.basicConfig(level=logging.INFO)
-    options = eval(os.environ.get("STOP", "{{}}"))
+    options = eval(sys.argv[1])
     manager = InfrastructureManager(stopper=SignalStop(**options))
     before = {{s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}}
     try:
@@ -42,13 +58,14 @@ while True:
 BLOCK = SLEEP.replace("0.02", "1000")
 
 
-def start(tmp_path: Path, body: str = SLEEP, stop: str = "{}", **popen: object) -> Script:
-    import textwrap
-
-    source = textwrap.dedent(RUN).format(
+def source(body: str) -> str:
+    return textwrap.dedent(RUN).format(
         body=textwrap.indent(textwrap.dedent(body).strip(), " " * 16)
     )
-    run = run_python(tmp_path, source, env={"STOP": stop}, **popen)
+
+
+def start(tmp_path: Path, body: str = SLEEP, stop: str = "{}") -> Script:
+    run = server.run_python(tmp_path, source(body), stop)
     run.wait_for("in")
     return run
 
@@ -173,7 +190,7 @@ def test_callbacks_run_outside_of_the_handler_before_anything_is_released(tmp_pa
 
 
 def test_a_handler_of_somebody_else_is_left_alone(tmp_path):
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import signal, sys
@@ -199,7 +216,7 @@ def test_a_handler_of_somebody_else_is_left_alone(tmp_path):
 
 def test_a_handler_that_is_installed_inside_the_block_stays(tmp_path):
     """Lightning's, submitit's: they may also have saved ours, and call it after we are gone."""
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import os, signal
@@ -219,15 +236,18 @@ def test_a_handler_that_is_installed_inside_the_block_stays(tmp_path):
 
 
 def test_an_ignored_sighup_stays_ignored(tmp_path):
-    run = start(
-        tmp_path,
-        """
+    body = """
         print("in", flush=True)
         sys.stdin.readline()
         print("flag", env.stop_requested, flush=True)
-        """,
+        """
+    run = run_python(
+        tmp_path,
+        source(body),
+        "{}",
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
+    run.wait_for("in")
     run.send_signal(signal.SIGHUP)
     run.tell()
     run.wait_for("flag None")
@@ -236,7 +256,7 @@ def test_an_ignored_sighup_stays_ignored(tmp_path):
 
 
 def test_outside_of_the_main_thread_there_are_no_handlers_and_one_debug_line(tmp_path):
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import logging, signal, threading
@@ -283,7 +303,7 @@ def test_a_forked_worker_behaves_as_if_it_had_no_handler(tmp_path):
 
 
 def test_nested_environments_both_hear_and_give_their_handlers_back_in_order(tmp_path):
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import os, signal, time
@@ -305,7 +325,7 @@ def test_nested_environments_both_hear_and_give_their_handlers_back_in_order(tmp
 
 
 def test_environments_that_end_in_the_wrong_order_leave_the_default_handler(tmp_path):
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import os, signal
@@ -326,13 +346,15 @@ def test_environments_that_end_in_the_wrong_order_leave_the_default_handler(tmp_
 
 RELEASING = """
     import os, signal, sys, time
+    from contextlib import contextmanager
     from orchard_infra import *
     class Slow:
-        def flush(self, error=None):
+        @contextmanager
+        def around(self, env):
+            yield
             print("releasing", flush=True)
             sys.stdin.readline()
             print("flushed", flush=True)
-            return FlushReport()
     manager = InfrastructureManager(
         flusher=Slow(), stopper=SignalStop(hold_limit=float(sys.argv[1]))
     )
@@ -347,7 +369,7 @@ RELEASING = """
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)])
 def test_signals_during_the_release_are_held_until_it_is_finished(tmp_path, signum, status):
-    run = run_python(tmp_path, RELEASING, "60")
+    run = server.run_python(tmp_path, RELEASING, "60")
     run.wait_for("releasing")
     for _ in range(3):
         run.send_signal(signum)
@@ -357,7 +379,7 @@ def test_signals_during_the_release_are_held_until_it_is_finished(tmp_path, sign
 
 
 def test_a_release_that_hangs_can_be_ended_and_the_rest_of_it_is_done(tmp_path):
-    run = run_python(tmp_path, RELEASING, "0.1")
+    run = server.run_python(tmp_path, RELEASING, "0.1")
     run.wait_for("releasing")
     run.send_signal(signal.SIGTERM)
     assert run.finish() == 143, run.transcript()
@@ -365,16 +387,20 @@ def test_a_release_that_hangs_can_be_ended_and_the_rest_of_it_is_done(tmp_path):
 
 
 def test_a_second_ctrl_c_during_the_release_does_not_break_it(tmp_path):
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import os, signal, sys, time
+        from contextlib import contextmanager
         from orchard_infra import *
         class Slow:
-            def flush(self, error=None):
-                print("releasing", flush=True)
-                sys.stdin.readline()
-                return FlushReport()
+            @contextmanager
+            def around(self, env):
+                try:
+                    yield
+                finally:
+                    print("releasing", flush=True)
+                    sys.stdin.readline()
         with managed_environment("digits", manager=InfrastructureManager(flusher=Slow())) as env:
             print("in", env.lock_path, flush=True)
             while True:
@@ -391,37 +417,38 @@ def test_a_second_ctrl_c_during_the_release_does_not_break_it(tmp_path):
     assert run.error_output.count("Traceback") == 1
 
 
-@pytest.mark.parametrize("when", ["before", "within"])
+@pytest.mark.parametrize("when", ["hold", "take_over"])
 def test_a_ctrl_c_as_the_release_begins_leaves_it_whole_and_so_does_the_next(tmp_path, when):
     """The first one comes as signals are about to be held; found by chaos, and made to happen."""
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import os, signal, sys
+        from contextlib import contextmanager
         from orchard_infra import *
         from orchard_infra.stopping.signals import SignalWatch
 
         def press():
             os.kill(os.getpid(), signal.SIGINT)
 
-        name = {"before": "hold", "within": "take_over"}[sys.argv[1]]
-        original = getattr(SignalWatch, name)
+        code = getattr(SignalWatch, sys.argv[1]).__code__
 
-        def pressed(self, *arguments):
-            setattr(SignalWatch, name, original)
-            press()
-            return original(self, *arguments)
+        def trace(frame, event, argument):
+            if frame.f_code is code:
+                sys.setprofile(None)
+                press()
 
         class Flusher:
-            def flush(self, error=None):
+            @contextmanager
+            def around(self, env):
+                yield
                 press()
                 print("flushed", flush=True)
-                return FlushReport()
 
         manager = InfrastructureManager(flusher=Flusher())
         with managed_environment("digits", manager=manager) as env:
             print("lock", env.lock_path, flush=True)
-            setattr(SignalWatch, name, pressed)
+            sys.setprofile(trace)
         """,
         when,
     )
@@ -432,9 +459,207 @@ def test_a_ctrl_c_as_the_release_begins_leaves_it_whole_and_so_does_the_next(tmp
     assert not lock.exists()
 
 
+SWEEP = """
+    import asyncio, os, signal, sys
+    from contextlib import contextmanager
+    from orchard_infra import *
+
+    class Signalled:
+        @contextmanager
+        def around(self, env):
+            try:
+                yield
+            finally:
+                os.kill(os.getpid(), int(sys.argv[1]))
+
+    manager = InfrastructureManager(extras=(Signalled(),))
+
+    def in_a_block():
+        with managed_environment("digits", manager=manager):
+            raise ValueError("the trial failed")
+
+    @managed_environment("digits", manager=manager)
+    def decorated():
+        raise ValueError("the trial failed")
+
+    def in_a_task():
+        async def trial():
+            async with managed_environment("digits", manager=manager):
+                raise ValueError("the trial failed")
+        asyncio.run(trial())
+
+    def by_hand():
+        manager.prepare_environment("digits")
+        try:
+            raise ValueError("the trial failed")
+        finally:
+            manager.release_resources("digits")
+
+    # In a task a Ctrl-C is asyncio's own affair.
+    ways = (in_a_block, decorated, by_hand, *[in_a_task] * (int(sys.argv[1]) == signal.SIGTERM))
+    for way in ways:
+        try:
+            for trial in range(3):
+                print(way.__name__, flush=True)
+                try:
+                    way()
+                except ValueError:
+                    print("the next trial", flush=True)
+        except (RunStopped, KeyboardInterrupt) as stopped:
+            print(type(stopped).__name__, repr(stopped.__context__), flush=True)
+        with managed_environment("digits"):
+            pass  # the lock is free
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "name"), [(signal.SIGTERM, "RunStopped"), (signal.SIGINT, "KeyboardInterrupt")]
+)
+def test_a_stop_during_the_release_of_a_failed_trial_ends_the_sweep(tmp_path, signum, name):
+    """The trial's error, which the sweep catches, does not hide it."""
+    run = server.run_python(tmp_path, SWEEP, str(int(signum)))
+    assert run.finish() == 0, run.transcript()
+    stopped = f"{name} ValueError('the trial failed')"
+    ways = ["in_a_block", "decorated", "by_hand", *["in_a_task"] * (signum == signal.SIGTERM)]
+    assert run.output.splitlines() == [line for way in ways for line in (way, stopped)]
+
+
+def test_a_sigterm_during_the_release_after_a_ctrl_c_is_a_stop_of_its_own(tmp_path):
+    run = server.run_python(
+        tmp_path,
+        """
+        import os, signal
+        from contextlib import contextmanager
+        from orchard_infra import *
+        class Signalled:
+            @contextmanager
+            def around(self, env):
+                try:
+                    yield
+                finally:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            with managed_environment("digits", manager=InfrastructureManager(extras=[Signalled()])):
+                os.kill(os.getpid(), signal.SIGINT)
+                while True:
+                    pass
+        except KeyboardInterrupt:
+            print("the notebook goes on", flush=True)
+        """,
+    )
+    assert run.finish() == 143, run.transcript()
+    assert run.output == ""
+
+
+OPEN_AT_EXIT = """
+    import atexit, os, signal, sys, time
+    from contextlib import contextmanager
+    from orchard_infra import *
+
+    class Hangs:
+        @contextmanager
+        def around(self, env):
+            yield
+            print("releasing", flush=True)
+            time.sleep(1000 if sys.argv[1] == "release" else 0)
+
+    stopper = SignalStop("flag", deadline=0.1, hold_limit=0.1)
+    manager = InfrastructureManager(stopper=stopper, extras=[Hangs()])
+    env = manager.prepare_environment(sys.argv[1])
+
+    @atexit.register
+    def hook():  # before the environment's own
+        env.on_stop(lambda request: print("called", flush=True))
+        if sys.argv[1] == "hook":
+            print("hook", flush=True)
+            try:
+                time.sleep(1000)
+            except RunStopped as stopped:
+                print(stopped, flush=True)
+"""
+
+
+def test_an_environment_that_is_open_at_exit_has_its_deadline_and_its_limit(tmp_path):
+    """From Python 3.12 on no thread can be started then: the background thread is there before."""
+    in_release = server.run_python(tmp_path, OPEN_AT_EXIT, "release")
+    in_hook = server.run_python(tmp_path, OPEN_AT_EXIT, "hook")
+    in_hook.wait_for("hook")
+    in_hook.send_signal(signal.SIGTERM)
+    in_release.wait_for("releasing")
+    in_release.send_signal(signal.SIGTERM)
+    in_hook.finish()
+    assert in_hook.output.splitlines()[-2:] == ["stopped by SIGTERM", "releasing"]
+    assert in_release.finish() is not None
+    assert not list((Path(os.environ["ORCHARD_INFRA_DIR"]) / "locks").glob("*.lock"))
+
+
+CHILD_DIES = """
+    import os, signal, sys, time
+    from contextlib import contextmanager
+    from orchard_infra import *
+
+    class WorkerDies:
+        @contextmanager
+        def around(self, env):
+            try:
+                yield
+            finally:
+                os.kill(worker, signal.SIGKILL)
+                time.sleep(0.1)
+                print("all of this step", flush=True)
+    manager = InfrastructureManager(extras=[WorkerDies()])
+    try:
+        with managed_environment(sys.argv[1], manager=manager) as env:
+            {worker}
+            if sys.argv[1] == "fails":
+                raise KeyError("the body")
+    except Exception as error:
+        print(type(error).__name__, flush=True)
+    print("left", env.lock_path.exists(), env.tmp_dir.exists(), flush=True)
+    print("handler", signal.getsignal(signal.SIGCHLD) is theirs, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["a handler of one's own", "torch's"])
+def test_a_worker_that_dies_during_the_release_breaks_off_no_step_of_it(tmp_path, kind):
+    if kind == "torch's":
+        require_module("torch")
+        worker = """
+            import torch
+            loader = torch.utils.data.DataLoader(range(99), num_workers=1, persistent_workers=True,
+                                                 multiprocessing_context="fork")
+            next(batches := iter(loader))
+            worker, theirs = batches._workers[0].pid, signal.getsignal(signal.SIGCHLD)
+        """
+    else:
+        worker = """
+            def theirs(signum, frame):
+                raise RuntimeError("a worker was killed")
+            signal.signal(signal.SIGCHLD, theirs)
+            if not (worker := os.fork()):
+                time.sleep(1000)
+        """
+    body = textwrap.dedent(CHILD_DIES).replace(
+        "        {worker}\n", textwrap.indent(textwrap.dedent(worker), " " * 8)
+    )
+    runs = {
+        case: server.run_python(tmp_path, body, case)
+        for case in (("ends", "fails") if kind != "torch's" else ("ends",))
+    }
+    for case, run in runs.items():
+        assert run.finish() == 0, run.transcript()
+        assert run.output.splitlines() == [
+            "all of this step",
+            {"ends": "RuntimeError", "fails": "KeyError"}[case],
+            "left False False",
+            "handler True",
+        ], run.transcript()
+
+
 def test_a_storm_of_signals_into_logging_never_reenters_a_writer(tmp_path):
     """Logging in a handler re-entered a buffered writer and made a cancelled job exit 0."""
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import logging
@@ -450,7 +675,6 @@ def test_a_storm_of_signals_into_logging_never_reenters_a_writer(tmp_path):
             while True:
                 log.info("step %s", "x" * 500)
         """,
-        env={"PYTHONUNBUFFERED": None},
     )
     run.wait_for("in")
 
@@ -482,13 +706,15 @@ def test_a_coroutine_s_run_is_stopped_as_well(tmp_path):
 
 
 def test_workers_of_a_stopped_run_go_with_it(tmp_path):
-    run = run_python(
+    run = server.run_python(
         tmp_path,
         """
         import multiprocessing, time
-        from orchard_infra import EnvironmentConfig, managed_environment
+        from orchard_infra import *
         if __name__ == "__main__":
-            with managed_environment(EnvironmentConfig("digits", allow_process_kill=True)):
+            batch = InfrastructureManager(sanitizer=GhostSanitizer(leftovers="stop"))
+            cfg = EnvironmentConfig("digits", allow_process_kill=True)
+            with managed_environment(cfg, manager=batch):
                 context = multiprocessing.get_context("fork")
                 workers = [context.Process(target=time.sleep, args=(1000,)) for _ in range(3)]
                 for worker in workers:
@@ -509,7 +735,7 @@ def test_a_signal_while_waiting_for_the_lock_ends_the_waiter_and_leaves_no_recor
     tmp_path, runtime_directory
 ):
     holder = start(tmp_path)
-    waiter = run_python(
+    waiter = server.run_python(
         tmp_path,
         """
         import logging
