@@ -1,7 +1,10 @@
 """A run leaves nothing behind, a dead one neither, and nobody loses a file that is not its own."""
 
 import contextlib
+import copy
+import logging
 import os
+import pickle
 import re
 import shutil
 import socket
@@ -13,16 +16,25 @@ import textwrap
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import attrs
 import psutil
 import pytest
 
-from orchard_infra.artifacts import temporary as artifacts
-from orchard_infra.artifacts.temporary import Cleaner, CleanReport, TemporaryArtifacts
+from orchard_infra.artifacts import sweeping
+from orchard_infra.artifacts.sweeping import SweepOnly, collect, would_collect
+from orchard_infra.artifacts.temporary import TemporaryArtifacts
+from orchard_infra.environment import Environment
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.runs.record import describe_this_run
+from orchard_infra.report import CleanReport
+from orchard_infra.runs.record import RunState, describe_this_run
+from orchard_infra.runs.registry import RegisteredRun, RunRegistry
+from orchard_infra.system.background import signal_mask
+from orchard_infra.system.masking import uninterrupted
 from orchard_infra.system.processes import read_stat
 from support import (
     Script,
@@ -32,6 +44,7 @@ from support import (
     require_module,
     run_command,
     run_python,
+    succeeds_in_a_fork,
     wait_gone,
     wait_until,
 )
@@ -40,9 +53,8 @@ from support import (
 pytestmark = pytest.mark.xdist_group("shared memory")
 
 
-TORCH_MANAGER = artifacts._TORCH_MANAGER
+TORCH_MANAGER = sweeping._TORCH_MANAGER
 RUN_ID = "0123456789abcdef"
-LONG_AGO = 1_000_000_000.0  # seconds since the epoch
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs a real /dev/shm")
 
@@ -51,8 +63,8 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="needs a real /
 def shm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In place of /dev/shm: other tests, and other people, use that one, and torch."""
     directory = tmp_path_factory.mktemp("shm")
-    monkeypatch.setattr(artifacts, "_SHARED_MEMORY", str(directory))
-    monkeypatch.setattr(artifacts, "_TORCH_MANAGER", f"manager{uuid.uuid4().hex[:8]}")
+    monkeypatch.setattr(sweeping, "_SHARED_MEMORY", str(directory))
+    monkeypatch.setattr(sweeping, "_TORCH_MANAGER", f"manager{uuid.uuid4().hex[:8]}")
     return directory
 
 
@@ -64,15 +76,30 @@ def base(tmp_path: Path) -> Path:
     return directory
 
 
+def environment(run_id: str = RUN_ID, **options: Any) -> Environment:
+    """An environment as a strategy is given it, of a run with this id."""
+    record = attrs.evolve(describe_this_run("digits"), run_id=run_id)
+    return Environment(record, Path("/x.lock"), **options)
+
+
 @contextlib.contextmanager
-def run_in(cleaner: TemporaryArtifacts, *, failed: bool = False) -> Iterator[SimpleNamespace]:
-    """What a manager does: `run.tmp_dir` inside, `run.report` afterwards."""
-    run = SimpleNamespace(tmp_dir=cleaner.tmp_dir_for(RUN_ID), report=CleanReport())
-    # The clock of the file system runs up to a tick behind that of `time`.
-    since = time.time() - 0.05
-    cleaner.open(run.tmp_dir)
+def run_in(
+    cleaner: TemporaryArtifacts,
+    error: BaseException | None = None,
+    env: Environment | None = None,
+) -> Iterator[Any]:
+    """A run that ends with this error: `run.tmp_dir` inside, `run.report` afterwards."""
+    env = env or environment()
+    around = cleaner.around(env)
+    around.__enter__()
+    run = SimpleNamespace(env=env, tmp_dir=env.tmp_dir, report=None)
     yield run
-    run.report = cleaner.close(run.tmp_dir, failed=failed, since=since)
+    leave(around, error)
+    run.report = env.report.cleaned
+
+
+def leave(around: AbstractContextManager[object], error: BaseException | None = None) -> None:
+    assert not around.__exit__(type(error) if error else None, error, None)
 
 
 def write(path: Path, text: str = "content") -> Path:
@@ -102,31 +129,56 @@ def nobodys() -> Iterator[Path]:
 
 
 class TestTheDirectoryOfARun:
-    def test_is_known_before_it_is_there(self, base: Path) -> None:
-        cleaner = TemporaryArtifacts(base=base)
+    def test_is_put_on_record_before_it_is_made(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever is killed in between leaves the next run a record of it."""
+        registry = RunRegistry()
+        record = describe_this_run("digits")
+        registration = registry.register(record)
+        env = Environment(record, Path("/x.lock"), registry=registry, registration=registration)
+        on_record = []
+        real = os.mkdir
 
-        assert cleaner.tmp_dir_for(RUN_ID) == base / f"orchard-infra-{RUN_ID}"
-        assert list(base.iterdir()) == []
+        def looking(*args: Any) -> None:
+            found = registry.find(record.run_id)
+            on_record.append((found and found.record.tmp_dir, os.path.lexists(args[0])))
+            real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "mkdir", looking)
+            around = TemporaryArtifacts(base=base).around(env)
+            around.__enter__()
+        tmp_dir = base / f"orchard-infra-{record.run_id}"
+        assert on_record == [(str(tmp_dir), False)]
+        assert env.tmp_dir == tmp_dir
+        leave(around)
+        registration.close()
 
     def test_is_below_the_systems_own_unless_a_base_is_given(self) -> None:
-        found = TemporaryArtifacts().tmp_dir_for(RUN_ID)
-
-        assert found == Path(tempfile.gettempdir(), f"orchard-infra-{RUN_ID}")
+        with run_in(TemporaryArtifacts()) as run:
+            assert run.tmp_dir == Path(tempfile.gettempdir(), f"orchard-infra-{RUN_ID}")
 
     def test_is_named_in_full_also_when_the_base_is_relative(
         self, base: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(base.parent)
 
-        assert TemporaryArtifacts(base=Path("base")).tmp_dir_for(RUN_ID).parent == base
+        with run_in(TemporaryArtifacts(base=Path("base"))) as run:
+            assert run.tmp_dir.parent == base
+            monkeypatch.chdir("/")
+
+        assert list(base.iterdir()) == []
 
     def test_is_for_no_other_user(self, base: Path) -> None:
         with run_in(TemporaryArtifacts(base=base)) as run:
             assert stat.S_IMODE(run.tmp_dir.stat().st_mode) == 0o700
 
-    @pytest.mark.parametrize("failed", [False, True])
-    def test_is_removed_with_all_that_is_in_it(self, base: Path, failed: bool) -> None:
-        with run_in(TemporaryArtifacts(base=base), failed=failed) as run:
+    @pytest.mark.parametrize("error", [None, ValueError(), KeyboardInterrupt()], ids=repr)
+    def test_is_removed_with_all_that_is_in_it(
+        self, base: Path, error: BaseException | None
+    ) -> None:
+        with run_in(TemporaryArtifacts(base=base), error) as run:
             write(run.tmp_dir / "below" / "deeper" / "file", "x" * 100_000)
             os.mkfifo(run.tmp_dir / "fifo")
 
@@ -134,23 +186,43 @@ class TestTheDirectoryOfARun:
         assert (run.report.removed, run.report.failures) == ((run.tmp_dir,), ())
         assert 100_000 <= run.report.bytes_freed < 200_000
 
-    def test_is_kept_when_the_run_failed_and_that_was_asked_for(self, base: Path) -> None:
-        with run_in(TemporaryArtifacts(base=base, keep_on_error=True), failed=True) as run:
+    @pytest.mark.parametrize(
+        "error", [ValueError(), KeyboardInterrupt(), SystemExit(3), SystemExit("no data")], ids=repr
+    )
+    def test_is_kept_when_the_run_failed_and_that_was_asked_for(
+        self, base: Path, error: BaseException
+    ) -> None:
+        with run_in(TemporaryArtifacts(base=base, keep_on_error=True), error) as run:
             write(run.tmp_dir / "evidence")
 
         assert (run.tmp_dir / "evidence").exists()
         assert run.report == CleanReport(kept=(run.tmp_dir,))
+        # Else the next run would remove it, if another step of the release failed.
+        assert run.env.run.tmp_dir is None
 
-    def test_is_not_kept_when_the_run_went_well(self, base: Path) -> None:
-        with run_in(TemporaryArtifacts(base=base, keep_on_error=True)):
+    @pytest.mark.parametrize(
+        "error", [None, GeneratorExit(), SystemExit(0), SystemExit(None)], ids=repr
+    )
+    def test_is_not_kept_when_the_run_went_well(
+        self, base: Path, error: BaseException | None
+    ) -> None:
+        with run_in(TemporaryArtifacts(base=base, keep_on_error=True), error):
             pass
+
+        assert list(base.iterdir()) == []
+
+    def test_is_not_kept_for_an_error_that_was_handled_around_the_run(self, base: Path) -> None:
+        try:
+            raise ValueError
+        except ValueError:
+            with run_in(TemporaryArtifacts(base=base, keep_on_error=True)):
+                pass
 
         assert list(base.iterdir()) == []
 
     @pytest.mark.parametrize("what", ["file", "directory", "link", "dangling link"])
     def test_is_never_something_that_was_there_before(self, base: Path, what: str) -> None:
-        cleaner = TemporaryArtifacts(base=base)
-        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        tmp_dir = base / f"orchard-infra-{RUN_ID}"
         other = base / "other"
         if what == "file":
             write(tmp_dir)
@@ -161,19 +233,22 @@ class TestTheDirectoryOfARun:
         if what == "link":
             other.mkdir()
         before = sorted(base.rglob("*"))
+        env = environment()
 
-        with pytest.raises(InfrastructureError, match="stays untouched"):
-            cleaner.open(tmp_dir)
-        report = cleaner.close(tmp_dir, failed=True, since=LONG_AGO)
+        with (
+            pytest.raises(InfrastructureError, match="stays untouched"),
+            TemporaryArtifacts(base=base).around(env),
+        ):
+            raise AssertionError("it was entered")
 
         assert sorted(base.rglob("*")) == before
-        assert report == CleanReport()
+        assert (env.report.cleaned, env.tmp_dir) == (None, None)
 
     def test_that_cannot_be_made_is_a_clear_error(self, base: Path) -> None:
-        cleaner = TemporaryArtifacts(base=base / "missing")
+        around = TemporaryArtifacts(base=base / "missing").around(environment())
 
-        with pytest.raises(InfrastructureError, match=r"No such file or directory.*base="):
-            cleaner.open(cleaner.tmp_dir_for(RUN_ID))
+        with pytest.raises(InfrastructureError, match=r"No such file or directory.*base="), around:
+            pass
 
     def test_without_any_place_for_it_is_a_clear_error(
         self, monkeypatch: pytest.MonkeyPatch
@@ -182,52 +257,52 @@ class TestTheDirectoryOfARun:
             raise FileNotFoundError("No usable temporary directory found")
 
         monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+        around = TemporaryArtifacts().around(environment())
 
-        with pytest.raises(InfrastructureError, match="TMPDIR or base="):
-            TemporaryArtifacts().tmp_dir_for(RUN_ID)
+        with pytest.raises(InfrastructureError, match="TMPDIR or base="), around:
+            pass
 
     def test_is_removed_when_a_signal_came_while_it_was_made(
         self, base: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        cleaner = TemporaryArtifacts(base=base)
-        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        env = environment()
         real = os.mkdir
 
-        def interrupted(*args: object) -> None:
-            real(*args)  # type: ignore[arg-type]
+        def interrupted(*args: Any) -> None:
+            real(*args)
+            assert len(list(base.iterdir())) == 1
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "mkdir", interrupted)
+            around = TemporaryArtifacts(base=base, keep_on_error=True).around(env)
             with pytest.raises(KeyboardInterrupt):
-                cleaner.open(tmp_dir)
+                around.__enter__()
 
-        assert tmp_dir.exists()
-        assert cleaner.close(tmp_dir, failed=True, since=LONG_AGO).removed == (tmp_dir,)
-        assert not tmp_dir.exists()
+        assert list(base.iterdir()) == []
 
-    def test_is_closed_once(self, base: Path) -> None:
-        cleaner = TemporaryArtifacts(base=base)
-        with run_in(cleaner) as run:
-            pass
-        write(run.tmp_dir / "somebody else's")
+    def test_is_removed_when_nobody_leaves_the_environment(self, base: Path) -> None:
+        around = TemporaryArtifacts(base=base).around(environment())
+        around.__enter__()
+        assert len(list(base.iterdir())) == 1
+        del around
 
-        assert cleaner.close(run.tmp_dir, failed=False, since=LONG_AGO) == CleanReport()
-        assert (run.tmp_dir / "somebody else's").exists()
+        assert list(base.iterdir()) == []
 
     def test_is_no_business_of_a_forked_child(self, base: Path) -> None:
-        cleaner = TemporaryArtifacts(base=base)
-        with run_in(cleaner) as run:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    cleaner.close(run.tmp_dir, failed=True, since=LONG_AGO)
-                finally:
-                    os._exit(0)
-            os.waitpid(pid, 0)
-            assert run.tmp_dir.exists()
+        env = environment()
+        around = TemporaryArtifacts(base=base, set_tmpdir=True, patterns="*.tmp").around(env)
+        around.__enter__()
+        assert env.tmp_dir is not None
 
-        assert run.report.removed == (run.tmp_dir,)
+        def unwind() -> bool:
+            leave(around)
+            return (env.report.cleaned, os.environ["TMPDIR"]) == (None, str(env.tmp_dir))
+
+        assert succeeds_in_a_fork(unwind)
+        assert env.tmp_dir.exists()
+        leave(around)
+        assert env.report.cleaned == CleanReport(removed=(env.tmp_dir,))
 
     def test_may_be_gone_already(self, base: Path) -> None:
         with run_in(TemporaryArtifacts(base=base)) as run:
@@ -238,7 +313,49 @@ class TestTheDirectoryOfARun:
     @pytest.mark.parametrize("run_id", ["", "..", "a/b", "a b", "1000", "\xe9" * 16])
     def test_is_named_only_after_what_can_be_a_run(self, run_id: str) -> None:
         with pytest.raises(ValueError, match="not the id of a run"):
-            TemporaryArtifacts().tmp_dir_for(run_id)
+            sweeping.directory_name(run_id)
+
+    def test_of_several_runs_at_once_may_go_in_any_order(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base, set_tmpdir=True)
+        first, second = environment("a" * 16), environment("b" * 16)
+        outer, inner = cleaner.around(first), cleaner.around(second)
+        outer.__enter__()
+        inner.__enter__()
+        leave(outer)
+
+        assert list(base.iterdir()) == [second.tmp_dir]
+        leave(inner)
+        assert list(base.iterdir()) == []
+
+    def test_a_cleaner_holds_nothing_of_a_run(self, base: Path) -> None:
+        cleaner = TemporaryArtifacts(base=base, patterns=["*.tmp"])
+
+        with run_in(cleaner):
+            assert pickle.loads(pickle.dumps(cleaner)) == copy.deepcopy(cleaner) == cleaner
+            hash(cleaner)
+
+    def test_what_cannot_be_removed_is_a_warning_and_no_error(
+        self, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with run_in(TemporaryArtifacts(base=base)) as run:
+            run.tmp_dir.rmdir()
+            run.tmp_dir.symlink_to(tmp_path)
+
+        [record] = caplog.records
+        assert (record.levelname, record.getMessage()) == (
+            "WARNING",
+            f"temporary artifacts: {run.report.failures[0]}",
+        )
+
+    def test_what_was_removed_is_told_to_who_debugs(
+        self, base: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with caplog.at_level(logging.DEBUG), run_in(TemporaryArtifacts(base=base)) as run:
+            pass
+
+        assert [record.getMessage() for record in caplog.records] == [
+            f"temporary artifacts: removed {run.tmp_dir}"
+        ]
 
 
 class TestTmpdir:
@@ -270,14 +387,15 @@ class TestTmpdir:
             import os, sys
             from pathlib import Path
             from orchard_infra.artifacts.temporary import TemporaryArtifacts
+            from orchard_infra.environment import Environment
+            from orchard_infra.runs.record import describe_this_run
 
-            cleaner = TemporaryArtifacts(base={str(base)!r}, set_tmpdir=True)
-            tmp_dir = cleaner.tmp_dir_for({RUN_ID!r})
+            env = Environment(describe_this_run("digits"), Path("/x.lock"))
             assert "tempfile" not in sys.modules
-            cleaner.open(tmp_dir)
-            import tempfile
-            print(tempfile.gettempdir() != str(tmp_dir), os.environ["TMPDIR"] == str(tmp_dir))
-            cleaner.close(tmp_dir, failed=False, since=0.0)
+            with TemporaryArtifacts(base={str(base)!r}, set_tmpdir=True).around(env):
+                import tempfile
+                tmp_dir = str(env.tmp_dir)
+                print(tempfile.gettempdir() != tmp_dir, os.environ["TMPDIR"] == tmp_dir)
             tempfile.TemporaryFile().close()
             """,
         )
@@ -308,6 +426,20 @@ class TestTmpdir:
             os.environ["TMPDIR"] = "/theirs"
 
         assert os.environ["TMPDIR"] == "/theirs"
+
+    def test_of_environments_that_end_in_any_order_is_put_back(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TMPDIR", "/outer")
+        cleaner = TemporaryArtifacts(base=base, set_tmpdir=True)
+        first, second = environment("a" * 16), environment("b" * 16)
+        outer, inner = cleaner.around(first), cleaner.around(second)
+        outer.__enter__()
+        inner.__enter__()
+        leave(outer)
+        assert os.environ["TMPDIR"] == str(second.tmp_dir)
+        leave(inner)
+        assert os.environ["TMPDIR"] == "/outer"
 
 
 class TestRemovingADirectory:
@@ -354,8 +486,12 @@ class TestRemovingADirectory:
 
     @needs_another_user
     def test_opens_what_its_own_owner_has_closed(self, nobodys: Path) -> None:
-        def with_closed_directories() -> CleanReport:
-            with run_in(TemporaryArtifacts(base=nobodys)) as run:
+        env = environment(
+            is_leader=False
+        )  # else it would look into a registry that is not nobody's
+
+        def with_closed_directories() -> Any:
+            with run_in(TemporaryArtifacts(base=nobodys), env=env) as run:
                 write(run.tmp_dir / "closed" / "below" / "file")
                 write(run.tmp_dir / "read-only" / "file")
                 (run.tmp_dir / "closed" / "below").chmod(0o000)
@@ -371,15 +507,14 @@ class TestRemovingADirectory:
 
     @needs_another_user
     def test_goes_on_past_what_cannot_be_removed(self, nobodys: Path) -> None:
-        cleaner = TemporaryArtifacts(base=nobodys)
-        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        tmp_dir = nobodys / f"orchard-infra-{RUN_ID}"
         tmp_dir.mkdir()
         os.chown(tmp_dir, 65534, 65534)
         for number in range(30):
             write(tmp_dir / f"roots \x1b[2J{number}" / "file")
             os.chown(write(tmp_dir / f"own {number}"), 65534, 65534)
 
-        report = as_nobody(lambda: cleaner.collect([dead_run(tmp_dir)]))
+        report = as_nobody(lambda: collect([dead_run(tmp_dir)]))
 
         assert len(list(tmp_dir.glob("roots*"))) == 30
         assert list(tmp_dir.glob("own*")) == []
@@ -404,16 +539,17 @@ class TestRemovingADirectory:
         outside = write(tmp_path / "outside" / "file")
         source = f"""
             import subprocess
+            from pathlib import Path
             from orchard_infra.artifacts.temporary import TemporaryArtifacts
+            from orchard_infra.environment import Environment
+            from orchard_infra.runs.record import describe_this_run
 
-            cleaner = TemporaryArtifacts(base={str(base)!r})
-            tmp_dir = cleaner.tmp_dir_for({RUN_ID!r})
-            cleaner.open(tmp_dir)
-            (tmp_dir / {where!r}).mkdir(exist_ok=True)
-            subprocess.run(
-                ["mount", "--bind", {str(outside.parent)!r}, tmp_dir / {where!r}], check=True
-            )
-            print(cleaner.close(tmp_dir, failed=False, since=0.0).failures)
+            env = Environment(describe_this_run("digits"), Path("/x.lock"))
+            with TemporaryArtifacts(base={str(base)!r}).around(env):
+                (env.tmp_dir / {where!r}).mkdir(exist_ok=True)
+                place = env.tmp_dir / {where!r}
+                subprocess.run(["mount", "--bind", {str(outside.parent)!r}, place], check=True)
+            print(env.report.cleaned.failures)
         """
         path = write(tmp_path / "mounting.py", textwrap.dedent(source))
         script = run_command(tmp_path, ["unshare", "--mount", sys.executable, str(path)])
@@ -437,6 +573,51 @@ class TestRemovingADirectory:
         assert run.report == CleanReport(removed=(run.tmp_dir,))
         assert list(base.iterdir()) == []
         assert psutil.Process().num_fds() == descriptors
+
+    def test_goes_on_with_a_handful_of_descriptors_and_fails_without_any(
+        self, base: Path, tmp_path: Path
+    ) -> None:
+        """What a body that died of EMFILE leaves: the reserve of the package has six."""
+        script = run_python(
+            tmp_path,
+            f"""
+            import os, resource
+            from pathlib import Path
+            from orchard_infra.artifacts.temporary import TemporaryArtifacts
+            from orchard_infra.environment import Environment
+            from orchard_infra.runs.record import describe_this_run
+
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            cleaner = TemporaryArtifacts(base={str(base)!r}, patterns="out/**/*.part")
+            for number in range(7):
+                env = Environment(describe_this_run("digits"), Path("/x.lock"))
+                with cleaner.around(env):
+                    for name in ("a/b/c/d/e/f/file", "a/g/file", "h/i/file", "file"):
+                        path = env.tmp_dir / name
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_text("x")
+                    Path("out").mkdir(exist_ok=True)
+                    Path("out/x.part").write_text("x")
+                    used = []
+                    try:
+                        while True:
+                            used.append(os.open("/dev/null", os.O_RDONLY))
+                    except OSError:
+                        for _ in range(number):
+                            os.close(used.pop())
+                for fd in used:
+                    os.close(fd)
+                left = env.tmp_dir.exists(), os.path.exists("out/x.part")
+                failures = env.report.cleaned.failures
+                assert bool(failures) == any(left), failures
+                assert all("Too many open files" in failure for failure in failures), failures
+                print(number, *left)
+            """,
+        )
+
+        assert script.finish() == 0, script.transcript()
+        assert script.output.splitlines()[0] == "0 True True"
+        assert script.output.splitlines()[-1] == "6 False False"
 
     def test_gives_up_on_one_that_somebody_keeps_writing_into(
         self, base: Path, monkeypatch: pytest.MonkeyPatch
@@ -463,20 +644,78 @@ class TestRemovingADirectory:
 
 class TestADeadRun:
     def test_loses_its_directory(self, base: Path) -> None:
-        cleaner = TemporaryArtifacts(base=base)
-        tmp_dir = cleaner.tmp_dir_for(RUN_ID)
+        tmp_dir = base / f"orchard-infra-{RUN_ID}"
         write(tmp_dir / "below" / "file")
+        dead = [dead_run(None), dead_run(tmp_dir), dead_run(tmp_dir)]
 
-        report = cleaner.collect([dead_run(None), dead_run(tmp_dir), dead_run(tmp_dir)])
+        assert would_collect(dead).removed == (tmp_dir, tmp_dir)
+        assert tmp_dir.exists()
+        report = collect(dead)
 
         assert list(base.iterdir()) == []
         assert (report.removed, report.failures) == ((tmp_dir,), ())
 
-    def test_is_whatever_the_registry_has_of_it(self, base: Path) -> None:
-        record = describe_this_run("project")
-        cleaner: Cleaner = TemporaryArtifacts(base=base)
+    @pytest.mark.parametrize("strategy", ["artifacts", "sweep"])
+    @pytest.mark.parametrize("is_leader", [True, False])
+    def test_loses_it_to_the_next_run_of_whoever_leads(
+        self, base: Path, strategy: str, is_leader: bool
+    ) -> None:
+        record = attrs.evolve(
+            describe_this_run("digits"),
+            tmp_dir=str(base / f"orchard-infra-{RUN_ID}"),
+            run_id=RUN_ID,
+        )
+        left = write(Path(record.tmp_dir or "") / "file")
+        env = environment("f" * 16, is_leader=is_leader)
+        env._dead = [RegisteredRun(record, RunState.DEAD)]
+        before = set(base.iterdir())
 
-        assert cleaner.collect([record]) == CleanReport()
+        chosen = TemporaryArtifacts(base=base) if strategy == "artifacts" else SweepOnly()
+        with chosen.around(env):
+            assert left.exists() is not is_leader
+            made = set(base.iterdir()) - before
+            assert len(made) == (strategy == "artifacts")
+
+        if is_leader:
+            assert env.report.collected is not None
+            assert env.report.collected.removed == (left.parent,)
+        else:
+            assert env.report.collected is None
+
+    def test_leaves_a_warning_where_something_stays(
+        self, base: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        link = base / f"orchard-infra-{RUN_ID}"
+        link.symlink_to(base)
+        record = attrs.evolve(describe_this_run("digits"), tmp_dir=str(link), run_id=RUN_ID)
+        env = environment("f" * 16)
+        env._dead = [RegisteredRun(record, RunState.DEAD)]
+
+        with SweepOnly().around(env):
+            pass
+
+        [warning] = caplog.records
+        assert warning.getMessage().startswith(f"what dead runs left: {link}: a symbolic link")
+
+    def test_of_many_files_does_not_hold_up_a_signal(
+        self, base: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The environment is entered with signals held back, and this part may take long."""
+        masks = []
+        monkeypatch.setattr(
+            sweeping, "collect", lambda *_, **__: masks.append(signal_mask()) or CleanReport()
+        )
+        outside = signal_mask()
+        with uninterrupted():
+            around = SweepOnly().around(environment())
+            around.__enter__()
+            assert signal_mask() != outside
+        leave(around)
+
+        assert masks == [outside]
+
+    def test_is_whatever_the_registry_has_of_it(self, base: Path) -> None:
+        assert collect([describe_this_run("project")]) == CleanReport()
 
     @pytest.mark.parametrize(
         "name", ["orchard-infra-fedcba9876543210", "precious", f"orchard-infra-{RUN_ID}-2"]
@@ -484,7 +723,7 @@ class TestADeadRun:
     def test_loses_nothing_of_another_name(self, base: Path, name: str) -> None:
         precious = write(base / name / "file")
 
-        report = TemporaryArtifacts().collect([dead_run(precious.parent)])
+        report = collect([dead_run(precious.parent)])
 
         assert precious.exists()
         assert report == CleanReport()
@@ -492,7 +731,7 @@ class TestADeadRun:
     def test_never_takes_the_runtime_directory_of_a_user_with_it(self, base: Path) -> None:
         precious = write(base / "orchard-infra-1000" / "runs" / "file")
 
-        TemporaryArtifacts().collect([dead_run(precious.parent.parent, run_id="1000")])
+        collect([dead_run(precious.parent.parent, run_id="1000")])
 
         assert precious.exists()
 
@@ -501,7 +740,7 @@ class TestADeadRun:
         link = base / f"orchard-infra-{RUN_ID}"
         link.symlink_to(precious.parent)
 
-        report = TemporaryArtifacts().collect([dead_run(link)])
+        report = collect([dead_run(link)])
 
         assert precious.exists()
         assert link.is_symlink()
@@ -513,13 +752,13 @@ class TestADeadRun:
         monkeypatch.chdir(base)
         precious = write(base / f"orchard-infra-{RUN_ID}" / "file")
 
-        TemporaryArtifacts().collect([dead_run(precious.parent.name)])
+        collect([dead_run(precious.parent.name)])
 
         assert precious.exists()
 
     @pytest.mark.parametrize("odd", ["\0", "\ud800", "x" * 5000])
     def test_with_a_path_that_cannot_be_is_a_failure_and_no_more(self, odd: str) -> None:
-        report = TemporaryArtifacts().collect([dead_run(f"/tmp/{odd}/orchard-infra-{RUN_ID}")])
+        report = collect([dead_run(f"/tmp/{odd}/orchard-infra-{RUN_ID}")])
 
         assert report.removed == ()
         assert len(report.failures) == 1
@@ -539,7 +778,7 @@ class TestSharedMemory:
     def test_of_a_dead_process_is_removed(self, shm: Path, name: str) -> None:
         left = self.leave(shm, name)
 
-        report = TemporaryArtifacts().collect([])
+        report = collect([])
 
         assert not left.exists()
         assert (report.removed, report.kept, report.failures) == ((left,), (), ())
@@ -549,7 +788,7 @@ class TestSharedMemory:
     def test_of_a_live_process_stays(self, shm: Path, name: str) -> None:
         left = self.leave(shm, name, pid=os.getpid())
 
-        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert collect([]) == CleanReport()
         assert left.exists()
 
     @pytest.mark.parametrize(
@@ -569,7 +808,7 @@ class TestSharedMemory:
     def test_that_does_not_say_whose_it_is_stays(self, shm: Path, name: str) -> None:
         left = self.leave(shm, name)
 
-        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert collect([]) == CleanReport()
         assert left.exists()
 
     @pytest.mark.parametrize("kind", ["directory", "link", "FIFO", "socket"])
@@ -590,7 +829,7 @@ class TestSharedMemory:
             listener.bind(left.name)
         listener.close()
 
-        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert collect([]) == CleanReport()
         assert os.path.lexists(left)
         assert target.exists()
 
@@ -599,7 +838,7 @@ class TestSharedMemory:
         left = self.leave(shm)
         os.chown(left, 65534, 65534)
 
-        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert collect([]) == CleanReport()
         assert left.exists()
 
     @pytest.mark.parametrize("access", ["ACCESS_READ", "ACCESS_WRITE"])
@@ -621,12 +860,12 @@ class TestSharedMemory:
         )
         mapper.wait_for("mapped")
 
-        assert TemporaryArtifacts().collect([]) == CleanReport(kept=(left,))
+        assert collect([]) == CleanReport(kept=(left,))
         assert left.exists()
 
         mapper.tell()
         mapper.finish()
-        assert TemporaryArtifacts().collect([]).removed == (left,)
+        assert collect([]).removed == (left,)
 
     def test_stays_where_the_kernel_cannot_say_whether_it_is_mapped(
         self, shm: Path, monkeypatch: pytest.MonkeyPatch
@@ -636,7 +875,7 @@ class TestSharedMemory:
         left = self.leave(shm)
         monkeypatch.delattr(fcntl, "F_SETLEASE")
 
-        assert TemporaryArtifacts().collect([]) == CleanReport(kept=(left,))
+        assert collect([]) == CleanReport(kept=(left,))
 
     def test_may_be_opened_at_the_very_moment_that_we_ask(self, shm: Path, tmp_path: Path) -> None:
         left = self.leave(shm)
@@ -644,7 +883,7 @@ class TestSharedMemory:
             tmp_path,
             f"""
             import fcntl, os
-            from orchard_infra.artifacts import temporary as artifacts
+            from orchard_infra.artifacts import sweeping
 
             real = fcntl.fcntl
             def opened_meanwhile(fd, command, value):
@@ -656,8 +895,8 @@ class TestSharedMemory:
                         print("asked for", flush=True)
 
             fcntl.fcntl = opened_meanwhile
-            artifacts._SHARED_MEMORY = {str(shm)!r}
-            artifacts.TemporaryArtifacts().collect([])
+            sweeping._SHARED_MEMORY = {str(shm)!r}
+            sweeping.collect([])
             """,
         )
 
@@ -668,12 +907,12 @@ class TestSharedMemory:
         self, shm: Path, tmp_path: Path
     ) -> None:
         torchs, others = self.leave(shm, "torch_{}_1_0"), self.leave(shm)
-        command = tmp_path / artifacts._TORCH_MANAGER
+        command = tmp_path / sweeping._TORCH_MANAGER
         command.symlink_to(sys.executable)
         manager = run_command(tmp_path, [str(command), "-c", "print('ready'); input()"])
         manager.wait_for("ready")
 
-        report = TemporaryArtifacts().collect([])
+        report = collect([])
 
         assert (report.removed, report.kept) == ((others,), (torchs,))
 
@@ -683,11 +922,11 @@ class TestSharedMemory:
     ) -> None:
         left = self.leave(shm)
         source = f"""
-            from orchard_infra.artifacts import temporary as artifacts
+            from orchard_infra.artifacts import sweeping
 
-            artifacts._SHARED_MEMORY = {str(shm)!r}
-            print(len(artifacts.TemporaryArtifacts().collect([]).kept))
-            print(len(artifacts.TemporaryArtifacts(private_shm=True).collect([]).removed))
+            sweeping._SHARED_MEMORY = {str(shm)!r}
+            print(len(sweeping.collect([]).kept))
+            print(len(sweeping.collect([], private_shm=True).removed))
         """
         script = run_in_a_container(tmp_path, source)
 
@@ -719,7 +958,7 @@ class TestSharedMemory:
         assert not psutil.pid_exists(pid)
         left = self.leave(shm, pid=pid)
 
-        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert collect([]) == CleanReport()
         assert left.exists()
 
     @pytest.mark.parametrize("there", [False, True])
@@ -729,16 +968,16 @@ class TestSharedMemory:
         path = tmp_path / "place"
         if there:
             write(path)
-        monkeypatch.setattr(artifacts, "_SHARED_MEMORY", str(path))
+        monkeypatch.setattr(sweeping, "_SHARED_MEMORY", str(path))
 
-        assert TemporaryArtifacts().collect([]) == CleanReport()
+        assert collect([]) == CleanReport()
 
     def test_of_a_whole_tree_that_was_killed_is_removed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         require_module("torch")
-        monkeypatch.setattr(artifacts, "_SHARED_MEMORY", "/dev/shm")
-        monkeypatch.setattr(artifacts, "_TORCH_MANAGER", TORCH_MANAGER)
+        monkeypatch.setattr(sweeping, "_SHARED_MEMORY", "/dev/shm")
+        monkeypatch.setattr(sweeping, "_TORCH_MANAGER", TORCH_MANAGER)
         trainer = run_python(
             tmp_path,
             """
@@ -777,7 +1016,7 @@ class TestSharedMemory:
         def collected() -> bool:
             # Not at once: threads outlive the first one by a moment, and while somebody else's
             # torch runs, its manager may be the one that keeps these.
-            TemporaryArtifacts().collect([])
+            collect([])
             return not set(names) & set(os.listdir("/dev/shm"))
 
         assert names
@@ -794,13 +1033,13 @@ class TestHalfWrittenOutputs:
         return directory
 
     def clean(
-        self, base: Path, *patterns: str, failed: bool = False
-    ) -> contextlib.AbstractContextManager[SimpleNamespace]:
-        return run_in(TemporaryArtifacts(base=base, patterns=patterns), failed=failed)
+        self, base: Path, *patterns: str, error: BaseException | None = None
+    ) -> AbstractContextManager[Any]:
+        return run_in(TemporaryArtifacts(base=base, patterns=patterns), error)
 
-    @pytest.mark.parametrize("failed", [False, True])
-    def test_are_removed(self, base: Path, cwd: Path, failed: bool) -> None:
-        with self.clean(base, "*.tmp", failed=failed) as run:
+    @pytest.mark.parametrize("error", [None, ValueError()], ids=repr)
+    def test_are_removed(self, base: Path, cwd: Path, error: BaseException | None) -> None:
+        with self.clean(base, "*.tmp", error=error) as run:
             half, whole = write(cwd / "model.tmp"), write(cwd / "model.pt")
 
         assert not half.exists()
@@ -942,7 +1181,7 @@ class TestHalfWrittenOutputs:
     def test_are_removed_though_a_frame_of_the_failure_holds_them_open(
         self, base: Path, cwd: Path
     ) -> None:
-        with open(cwd / "a.tmp", "w") as stream, self.clean(base, "*.tmp", failed=True):
+        with open(cwd / "a.tmp", "w") as stream, self.clean(base, "*.tmp", error=ValueError()):
             stream.write("half")
             stream.flush()
 
