@@ -79,7 +79,8 @@ _SCHEDULERS = (
 
 # What names a job to all of its hosts, for launchers that have no id of their own.
 _JOBS_OF_SCHEDULERS: dict[str, _Names] = {
-    "slurm": (("SLURM_JOB_ID",), ("SLURM_JOBID",)),
+    # Each component of a heterogeneous job has a SLURM_JOB_ID of its own.
+    "slurm": (("SLURM_HET_JOB_ID",), ("SLURM_JOB_ID",), ("SLURM_JOBID",)),
     "pbs": (("PBS_JOBID",),),
     "lsf": (("LSB_JOBID", "LSB_JOBINDEX"),),  # all elements of an array have the same LSB_JOBID
     "sge": (("JOB_ID", "SGE_TASK_ID"),),  # and the same JOB_ID
@@ -136,7 +137,7 @@ _RANKS = (
         (("PALS_APID",),),
     ),
     # Hydra (MPICH, Intel MPI), and every launcher that speaks PMI-1 or PMI-2: srun --mpi=pmi2,
-    # whose src/plugins/mpi/pmi2/setup.c sets PMI_JOBID, too. Hydra has no id.
+    # whose src/plugins/mpi/pmi2/mpi_pmi2.c sets PMI_JOBID, too. Hydra has no id.
     _Ranks(
         "mpiexec",
         "PMI_RANK",
@@ -169,7 +170,11 @@ _RANKS = (
         "SLURM_PROCID",
         ("SLURM_LOCALID",),
         ("SLURM_STEP_NUM_TASKS",),
-        (("SLURM_JOB_ID", "SLURM_STEP_ID"), ("SLURM_JOBID", "SLURM_STEPID")),
+        (
+            ("SLURM_HET_JOB_ID", "SLURM_STEP_ID"),
+            ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+            ("SLURM_JOBID", "SLURM_STEPID"),
+        ),
     ),
 )
 

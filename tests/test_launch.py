@@ -416,6 +416,7 @@ STEP = {**SLURM, "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4"}
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
 JOBS = [
     (STEP, "SLURM_JOB_ID=42.3"),
+    ({**STEP, "SLURM_HET_JOB_ID": "41"}, "SLURM_HET_JOB_ID=41.3"),
     ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "exp1"}, "TORCHELASTIC_RUN_ID=exp1"),
     ({**STEP, **TORCHRUN, "TORCHELASTIC_RUN_ID": "exp1"}, "TORCHELASTIC_RUN_ID=exp1"),
     # The step is that of the agent: on another node it may be another one.
