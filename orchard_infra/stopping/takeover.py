@@ -177,6 +177,10 @@ def is_bad_moment(frame: FrameType | None, *, waited: float) -> bool:
     all the time has one good moment in a few. On the way into or out of an environment it would
     leave that half-way. Both are tried again and again, but not for ever: ``waited``, in seconds,
     says for how long already.
+
+    A `sys.unraisablehook` that sends again what was dropped would be shorter. But others replace
+    the hook while an environment is open (with pytest 8.3, a stop was lost to it), and a
+    destructor would be left half-way.
     """
     if _fork.under_way:
         return True
