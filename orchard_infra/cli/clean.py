@@ -22,7 +22,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from orchard_infra.artifacts.temporary import TemporaryArtifacts
+from orchard_infra.artifacts import sweeping
 from orchard_infra.cli import output
 from orchard_infra.inspect import (
     Look,
@@ -222,7 +222,7 @@ class Cleaning:
 
     def _with_files(self, plan: Plan) -> Plan:
         removable = [run.record for run in plan.removable]
-        return attrs.evolve(plan, files=TemporaryArtifacts().would_collect(removable))
+        return attrs.evolve(plan, files=sweeping.would_collect(removable))
 
     def carry_out(self, plan: Plan) -> Iterator[tuple[str, bool]]:
         """Do it. A line for each kind of thing, and whether it went well."""
@@ -236,7 +236,7 @@ class Cleaning:
         # What still lives of a run keeps its record, the evidence against it.
         planned = {run.record.run_id for run in plan.removable}
         dead = self._without_survivors(planned)
-        files = TemporaryArtifacts().collect([run.record for run in dead])
+        files = sweeping.collect([run.record for run in dead])
         removed = [run for run in dead if self.registry.remove(run)]
         self.registry.collect_unnamed()
         if removed:

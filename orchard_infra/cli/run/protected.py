@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 
+from orchard_infra.artifacts.sweeping import SweepOnly
 from orchard_infra.cli.run.interrupts import Interrupted, interruptible
 from orchard_infra.cli.run.reaper import Reaper
 from orchard_infra.cli.run.supervisor import Supervisor
@@ -116,7 +117,7 @@ class ProtectedCommand:
             logger=logger,
             sanitizer=_Sanitizer(self.grace),
             locker=FileLock(),
-            cleaner=None,
+            cleaner=SweepOnly(),
             timeout=self.timeout,
             command=self.command,
         )
@@ -216,16 +217,6 @@ class _Sanitizer:
         if "python" in os.path.basename(env.command[0]):  # only such commands have twins
             return True
         return any(not run.is_live for run in env.registry.runs(without=env.run.run_id))
-
-
-@attrs.frozen
-class _Cleaner:
-    """`TemporaryArtifacts`, loaded when it is entered."""
-
-    def around(self, env: Environment) -> AbstractContextManager[object]:
-        from orchard_infra.artifacts.temporary import TemporaryArtifacts
-
-        return TemporaryArtifacts().around(env)
 
 
 @attrs.define
