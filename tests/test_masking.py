@@ -132,6 +132,41 @@ def test_a_part_of_it_may_be_interrupted():
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def test_a_signal_that_has_waited_is_raised_on_the_way_into_such_a_part():
+    handle(signal.SIGUSR1)
+    with uninterrupted():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(Interrupted), interruptible():
+            raise AssertionError("unreachable")
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_signal_at_any_instant_of_such_a_part_leaves_no_signal_blocked():
+    """Nor does it block them later, when what the signal broke off is collected."""
+    handle(signal.SIGALRM, raise_if_armed)
+    errors: list[BaseException] = []
+
+    def block() -> None:
+        with uninterrupted():
+            try:
+                for _ in range(5):
+                    with interruptible():
+                        pass
+            except Interrupted as error:
+                errors.append(error)  # and with it all frames
+
+    hits = stuck = 0
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        hit(block, within=60e-6)
+        stuck += bool(signal.pthread_sigmask(signal.SIG_SETMASK, ()))
+        hits += len(errors)
+        errors.clear()
+        stuck += bool(signal.pthread_sigmask(signal.SIG_SETMASK, ()))
+    assert hits > 100
+    assert stuck == 0
+
+
 def test_a_mask_of_one_s_own_stays():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     with uninterrupted(), interruptible():

@@ -57,25 +57,33 @@ def uninterrupted() -> Iterator[None]:
 
 def _put_back(mask: set[int] | set[signal.Signals]) -> None:
     _outer.mask = None
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+class interruptible:
     """Inside of `uninterrupted`: a part that may take long, and that a signal may end.
 
-    Only for code of which nothing is left to undo when an exception ends it at any line.
+    Only for code of which nothing is left to undo when an exception ends it at any line. After such
+    an exception signals may not be kept away any more, until the next `uninterrupted`.
     """
-    mask = getattr(_outer, "mask", None)
-    if sys.platform == "win32" or mask is None:
-        yield
-        return
-    try:
-        _put_back(mask)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, _signals)
-        _outer.mask = mask
+
+    # No generator: one that an exception leaves suspended would block the signals when it is
+    # collected, at some later time.
+
+    def __enter__(self) -> None:
+        self._mask = getattr(_outer, "mask", None)
+        if self._mask is not None:
+            try:
+                _put_back(self._mask)
+            except BaseException:  # from the handler of a signal that has waited
+                self.__exit__()
+                raise
+
+    def __exit__(self, *error: object) -> None:
+        if self._mask is not None and sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_BLOCK, _signals)
+            _outer.mask = self._mask
 
 
 @contextlib.contextmanager
