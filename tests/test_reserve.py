@@ -169,3 +169,48 @@ def test_a_fork_while_another_thread_begins_and_ends_does_not_hang() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+BODY = """
+    import os, resource, sys
+    from orchard_infra import managed_environment
+
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
+    hoard = []
+    try:
+        with managed_environment("digits") as env:
+            path = env.tmp_dir / "a" / "b" / "c"
+            path.mkdir(parents=True)
+            (path / "file").write_text("x")
+            if sys.argv[1] == "none":   # nor is there one when the reserve is let go
+                resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+            while True:
+                hoard.append(open("/dev/null"))
+    except OSError as error:
+        assert error.errno == 24, error
+    resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    print(env.tmp_dir, env.tmp_dir.exists(), env.lock_path.exists())
+    """
+
+
+def test_a_body_that_dies_of_emfile_leaves_nothing_behind(
+    tmp_path: Path, runtime_directory: Path
+) -> None:
+    script = run_python(tmp_path, BODY, "reserve")
+    assert script.finish() == 0, script.transcript()
+    assert script.output.split()[1:] == ["False", "False"]
+    assert list((runtime_directory / "runs").glob("*.run")) == []
+
+
+def test_what_a_release_without_any_descriptor_leaves_is_removed_by_the_next_run(
+    tmp_path: Path,
+) -> None:
+    script = run_python(tmp_path, BODY, "none")
+    assert script.finish() == 0, script.transcript()
+    tmp_dir, there, _ = script.output.split()
+    assert there == "True"
+    assert "Too many open files" in script.error_output
+    following = run_python(tmp_path, BODY, "reserve")
+    assert following.finish() == 0, following.transcript()
+    assert not Path(tmp_dir).exists()
