@@ -26,11 +26,12 @@ from orchard_infra.runs.record import RunRecord, Survivor, leader_is_dead
 from orchard_infra.system.masking import uninterrupted
 from orchard_infra.system.text import duration, printable
 
-# The first in line tries this often, in seconds: the lock is its own some 6 ms after the release,
-# for 1.5 % of a core. The kernel's blocking wait cannot see that the file was removed.
+# The first in line looks this often, in seconds: the lock is its own some 6 ms after the release,
+# for 1 % of a core. The kernel's blocking wait cannot see that the file was removed.
 _POLL = (0.008, 0.014)
+_TRY_AGAIN = 0.2  # seconds between two tries where a look is enough to see a release
 _WAIT = (0.6, 0.9)  # seconds until one behind it looks again, unless it is woken before
-_LOOK_AGAIN = 0.25  # seconds between two looks at whether the holder is dead
+_LOOK_AGAIN = 0.2  # seconds between two looks at whether the holder is dead
 _SAY_AGAIN = 30.0  # seconds between two log lines of a waiter
 _CLEAR_AGAIN = 30.0  # seconds between two looks for what a dead holder left
 _UNSIGNED = 0.1  # seconds for which a new holder may not have signed yet
@@ -185,6 +186,8 @@ class _Attempt:
     _tries: bool = attrs.field(default=True, init=False)  # not behind others in the queue
     _began: float = attrs.field(init=False)  # monotonic, as all that follows
     _deadline: float = attrs.field(init=False)
+    _unchanged: Callable[[], bool] | None = attrs.field(default=None, init=False)
+    _try_at: float = attrs.field(default=0.0, init=False)
     _look_at: float = attrs.field(default=0.0, init=False)
     _clear_at: float = attrs.field(default=0.0, init=False)
     _say_at: float = attrs.field(default=0.0, init=False)
@@ -213,6 +216,9 @@ class _Attempt:
 
     def succeeds(self) -> bool:
         """Try for the lock, where it is our turn."""
+        if self._unchanged is not None and time.monotonic() < self._try_at and self._unchanged():
+            return False
+        self._unchanged = None
         try:
             self._tries = self._place is None or self._place.is_first()
             if self._tries:
@@ -223,6 +229,9 @@ class _Attempt:
                         self.keep(outcome)
                         return True
                 self._consider(outcome.holder)
+                if self._has_paused:  # else the place in the queue is not taken yet
+                    self._unchanged = outcome.unchanged
+                    self._try_at = min(time.monotonic() + _TRY_AGAIN, self._deadline)
             elif time.monotonic() >= min(self._say_at, self._deadline):
                 self._consider(self.lock.holder(self.key))
             return False
@@ -311,8 +320,9 @@ class _Attempt:
             )
             return
         raise self._refused(
-            f"{already}: it would wait for itself. "
-            "Leave the first environment before entering it again, or use another project name",
+            f"{already}: it would wait for itself. Leave the first environment before entering it "
+            "again (orchard_infra.current_environments() has it, env.close() leaves it), or use "
+            "another project name",
             holder,
         )
 

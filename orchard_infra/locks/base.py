@@ -6,6 +6,7 @@ live in `orchard_infra.locks.acquiring`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -25,9 +26,14 @@ class LockKey:
 
 @attrs.frozen
 class Held:
-    """The lock is taken. ``holder`` is who left a record in it; None where nobody did (yet)."""
+    """The lock is taken. ``holder`` is who left a record in it; None where nobody did (yet).
+
+    ``unchanged``, where there is one, is a look that costs far less than a try: as long as it
+    answers True the lock was not released. Its holder may be dead all the same.
+    """
 
     holder: RunRecord | None = None
+    unchanged: Callable[[], bool] | None = attrs.field(default=None, eq=False, repr=False)
 
 
 class Lease(Protocol):

@@ -70,10 +70,36 @@ class FileLock:
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> FileLease | Held:
         """See `Lock.try_acquire`. Missing parent directories are made."""
-        lease = FileLease(key.path, record, self.interval)
+        path = os.fspath(key.path)
         try:
             with uninterrupted():
-                return lease.take()
+                while True:
+                    try:
+                        fd = files.open_existing(path, os.O_RDWR)
+                    except FileNotFoundError:
+                        lease = FileLease(key.path, record, self.interval)
+                        if lease._make(path):
+                            return lease
+                        continue  # somebody was faster
+                    except PermissionError as error:
+                        held = _held_by_another_user(path, error)
+                        if held is None:
+                            continue  # released meanwhile
+                        return held
+                    try:
+                        if not lock_descriptor(fd):
+                            return _held(fd, path)
+                        # Removed between our open and our lock? Then this lock protects nothing.
+                        if files.same_file(fd, path):
+                            _refuse_foreign(fd, key.path)
+                            lease = FileLease(key.path, record, self.interval)
+                            lease._hold(fd)
+                            fd = -1
+                            lease._sign()
+                            return lease
+                    finally:
+                        if fd >= 0:
+                            os.close(fd)
         except OSError as error:
             raise _explain(error, key.path) from error
 
@@ -110,34 +136,6 @@ class FileLease:
     _stays: bool = attrs.field(default=False, init=False)  # the file does, after the release
     _pid: int = attrs.field(default=0, init=False)  # 0: it never held anything
 
-    def take(self) -> FileLease | Held:
-        """Try for the lock, once. With signals blocked, see `FileLock.try_acquire`."""
-        path = os.fspath(self.path)
-        while True:
-            try:
-                fd = files.open_existing(path, os.O_RDWR)
-            except FileNotFoundError:
-                if self._make(path):
-                    return self
-                continue  # somebody was faster
-            except PermissionError as error:
-                held = _held_by_another_user(path, error)
-                if held is None:
-                    continue  # released meanwhile
-                return held
-            try:
-                if not lock_descriptor(fd):
-                    return Held(_record_in(fd))
-                # Removed between our open and our lock? Then this lock protects nothing.
-                if files.same_file(fd, path):
-                    _refuse_foreign(fd, self.path)
-                    self._hold(fd)
-                    fd = -1
-                    return self._sign()
-            finally:
-                if fd >= 0:
-                    os.close(fd)
-
     def __copy__(self) -> FileLease:
         return self
 
@@ -162,7 +160,7 @@ class FileLease:
                 f"the descriptor of the lock {self.path} was closed by this program, and the lock "
                 "went free with it; another run may have started. Leave open what it did not open"
             )
-        if not self._is_named():
+        if not _is_at(self.path, self._file):
             raise self._lost(
                 f"the lock {self.path} was removed or replaced while this run held it; another "
                 "run may have started. Stop this run, and find out what removes *.lock files"
@@ -202,7 +200,7 @@ class FileLease:
                 return  # the lock went with it, and what is at its path may be another run's by now
             try:
                 # A forked child has the descriptor, too. What it holds is its parent's.
-                if os.getpid() == self._pid and self._is_named():
+                if os.getpid() == self._pid and _is_at(self.path, self._file):
                     if self._stays:
                         files.write_whole(fd, _FREE)
                     else:
@@ -234,14 +232,13 @@ class FileLease:
                     raise
         return False
 
-    def _sign(self) -> FileLease:
+    def _sign(self) -> None:
         """Write our record into a file that was there before; undone when that fails."""
         try:
             files.write_whole(self._fd, to_json(self.record))
         except BaseException:
             self.release()
             raise
-        return self
 
     def _hold(self, fd: int) -> None:
         stat = os.fstat(fd)
@@ -249,14 +246,6 @@ class FileLease:
         self._stays = _stays(stat.st_dev)
         self._pid = os.getpid()
         self._fd = fd
-
-    def _is_named(self) -> bool:
-        """Whether the path still names the file that was locked."""
-        try:
-            named = os.lstat(self.path)
-        except OSError:
-            return False
-        return (named.st_dev, named.st_ino) == self._file
 
     def _lost(self, message: str) -> LockLostError:
         return LockLostError(message, lock_path=str(self.path))
@@ -328,6 +317,25 @@ def _stays(device: int) -> bool:
     return sys.platform == "win32" or files.file_system_of(device) in _NETWORK_FILE_SYSTEMS
 
 
+def _held(fd: int, path: str) -> Held:
+    """What a file says that somebody else has locked."""
+    stat = os.fstat(fd)
+    if _stays(stat.st_dev):
+        return Held(_record_in(fd))
+    # Whoever releases the lock removes its file.
+    file = stat.st_dev, stat.st_ino
+    return Held(_record_in(fd), functools.partial(_is_at, path, file))
+
+
+def _is_at(path: str | Path, file: tuple[int, int]) -> bool:
+    """Whether the path names the file with this device and inode."""
+    try:
+        named = os.lstat(path)
+    except OSError:
+        return False
+    return (named.st_dev, named.st_ino) == file
+
+
 def _record_in(fd: int) -> RunRecord | None:
     try:
         return _read(files.read_bounded(fd, RECORD_LIMIT + 1))
@@ -357,7 +365,7 @@ def _held_by_another_user(path: str, error: PermissionError) -> Held | None:
         raise error from None
     try:
         if not lock_descriptor(fd, shared=True):
-            return Held(_record_in(fd))
+            return _held(fd, path)
         if files.same_file(fd, path):
             raise error
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -15,6 +16,7 @@ import socket
 import stat
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import attrs
@@ -124,97 +126,82 @@ def on_a_network(monkeypatch):
     monkeypatch.setattr(file_lock, "_stays", lambda device: True)
 
 
-CONTENDER = """
-    import sys
-    from pathlib import Path
-    from orchard_infra.locks.acquiring import acquire
-    from orchard_infra.locks.base import Held, LockKey
-    from orchard_infra.locks.file import FileLock
-    from orchard_infra.runs.record import describe_this_run
-    from orchard_infra.system import files
-
-    if "--without-inode-check" in sys.argv:
-        files.same_file = lambda fd, path: True
-
-    def take():
-        if "--in-line" in sys.argv:
-            return acquire(FileLock(None), key, record)
-        while True:
-            outcome = FileLock().try_acquire(key, record)
-            if not isinstance(outcome, Held):
-                return outcome
-
-    lock, counter, cycles = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    inside = Path(sys.argv[4])
-    key, record, violations = LockKey("stress", lock), describe_this_run("stress"), 0
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for _ in range(cycles):
-        lease = take()
-        try:
-            inside.mkdir()
-        except FileExistsError:
-            violations += 1
-        value = int(counter.read_text() or 0)
-        counter.write_text(str(value + 1))
-        try:
-            inside.rmdir()
-        except FileNotFoundError:
-            violations += 1
-        try:
-            lease.release()
-        except FileNotFoundError:
-            violations += 1
-    print("violations", violations, flush=True)
-"""
+def in_line(path: Path, record: RunRecord) -> FileLease:
+    return take(path, None, record)
 
 
-def contend(tmp_path: Path, processes: int, cycles: int, *flags: str) -> tuple[int, int]:
-    counter = tmp_path / "counter"
+def at_once(path: Path, record: RunRecord) -> FileLease:
+    """Try without pause and without a queue."""
+    while True:
+        outcome = FileLock().try_acquire(key_of(path), record)
+        if isinstance(outcome, FileLease):
+            return outcome
+        time.sleep(0.0001)
+
+
+def without_inode_check(path: Path, record: RunRecord) -> FileLease:
+    files.same_file = lambda fd, path: True
+    return at_once(path, record)
+
+
+def contend(
+    tmp_path: Path, processes: int, cycles: int, how: Callable[[Path, RunRecord], FileLease]
+) -> tuple[int, int]:
+    """Forked processes that all want one lock; how many saw somebody else inside, and the value of
+    a counter that each raises in every cycle, in a way that is not atomic.
+    """
+    counter, inside = tmp_path / "counter", tmp_path / "inside"
     counter.write_text("0")
-    contenders = [
-        run_python(
-            tmp_path,
-            CONTENDER,
-            str(tmp_path / "x.lock"),
-            str(counter),
-            str(cycles),
-            str(tmp_path / "inside"),
-            *flags,
-        )
-        for _ in range(processes)
-    ]
-    for contender in contenders:
-        contender.wait_for("ready")
-    for contender in contenders:
-        contender.tell()
-    violations = 0
-    for contender in contenders:
-        contender.finish(240)
-        said = contender.output.split()
-        violations += int(said[-1]) if "violations" in said else 1
-    return violations, int(counter.read_text() or 0)
+    go, start = os.pipe()
+
+    def work() -> None:
+        os.close(start)
+        os.read(go, 1)
+        record, violations = describe_this_run("stress"), 0
+        for _ in range(cycles):
+            lease = how(tmp_path / "x.lock", record)
+            try:
+                inside.mkdir()
+            except FileExistsError:
+                violations += 1
+            value = int(counter.read_text() or 0)
+            counter.write_text(str(value + 1))
+            try:
+                inside.rmdir()
+            except FileNotFoundError:
+                violations += 1
+            try:
+                lease.release()
+            except FileNotFoundError:
+                violations += 1
+        assert violations == 0
+
+    with contextlib.ExitStack() as stack:
+        pids = [stack.enter_context(forked(work)) for _ in range(processes)]
+        os.close(go)
+        os.close(start)
+        violated = sum(exit_status(pid) != 0 for pid in pids)
+    return violated, int(counter.read_text() or 0)
 
 
 def test_no_two_of_8_processes_hold_the_lock_in_200_cycles_each(tmp_path):
     """The file is removed on every release, and a non-atomic counter is exact all the same.
 
-    They try without pause and without a queue. With the inode check taken out this fails: the
-    test after the next one takes it out.
+    With the inode check taken out this fails: the test after the next one takes it out.
     """
-    assert contend(tmp_path, 8, 200) == (0, 1600)
+    assert contend(tmp_path, 8, 200, at_once) == (0, 1600)
     assert not (tmp_path / "x.lock").exists()
 
 
 def test_no_two_of_8_processes_that_stand_in_line_hold_the_lock(tmp_path):
-    assert contend(tmp_path, 8, 25, "--in-line") == (0, 200)
+    assert contend(tmp_path, 8, 25, in_line) == (0, 200)
     assert not (tmp_path / "x.lock").exists()
     assert tickets() == []
 
 
-def test_the_stress_test_fails_without_the_inode_check(tmp_path):
-    violations, counted = contend(tmp_path, 8, 50, "--without-inode-check")
-    assert violations > 0 or counted < 400
+def test_the_stress_test_fails_without_the_inode_check(tmp_path, capfd):
+    violated, counted = contend(tmp_path, 8, 50, without_inode_check)
+    assert violated > 0 or counted < 400
 
 
 def bind_socket(path: Path) -> None:
