@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import random
 import time
@@ -16,14 +15,10 @@ import attrs
 import filelock
 import portalocker
 
-from orchard_infra import (
-    EnvironmentConfig,
-    FileLock,
-    InfrastructureManager,
-    Lease,
-    managed_environment,
-)
-from orchard_infra.runs.record import describe_this_run
+from orchard_infra import EnvironmentConfig, FileLock, InfrastructureManager, managed_environment
+from orchard_infra.locks.acquiring import acquire
+from orchard_infra.locks.base import Held, Lease, LockKey
+from orchard_infra.runs.record import RunRecord, describe_this_run
 
 PATIENCE = 60.0  # seconds that everybody is told to wait for a lock
 
@@ -35,18 +30,27 @@ class Lock(Protocol):
     def release(self) -> object: ...
 
 
+class _Polling:
+    """A file lock without a queue: every waiter tries all the time."""
+
+    timeout = PATIENCE
+
+    def try_acquire(self, key: LockKey, record: RunRecord) -> Lease | Held:
+        return FileLock().try_acquire(key, record)
+
+    def holder(self, key: LockKey) -> RunRecord | None:
+        return FileLock().holder(key)
+
+
 @attrs.define
 class _OurLock:
     path: Path
+    _lock: FileLock | _Polling = attrs.field(factory=lambda: FileLock(timeout=PATIENCE))
     _lease: Lease | None = None
 
     def acquire(self) -> None:
-        self._lease = FileLock(timeout=PATIENCE).acquire(
-            self.path,
-            describe_this_run("handoff", lock=str(self.path)),
-            clear_dead=lambda dead: (),
-            logger=logging.getLogger("Infrastructure"),
-        )
+        record = describe_this_run("handoff", lock=str(self.path))
+        self._lease = acquire(self._lock, LockKey("handoff", self.path), record)
 
     def release(self) -> None:
         assert self._lease is not None
@@ -77,6 +81,7 @@ class _OurEnvironment:
 
 OURS = "FileLock"
 ENVIRONMENT = "managed_environment, lock only"
+POLLING = "FileLock, everybody polls"
 PEER = "filelock.FileLock"
 
 LOCKS: dict[str, Callable[[Path], Lock]] = {
@@ -90,11 +95,20 @@ LOCKS: dict[str, Callable[[Path], Lock]] = {
 }
 
 
+_BY_NAME: dict[str, Callable[[Path], Lock]] = {
+    **LOCKS,
+    POLLING: lambda path: _OurLock(path, _Polling()),
+}
+
+
 @attrs.frozen
 class Waited:
-    """When a waiter got the lock, on the monotonic clock, and what the wait took, in seconds."""
+    """When a waiter got the lock and gave it back, on the monotonic clock, and what the wait took,
+    in seconds.
+    """
 
     acquired_at: float
+    released_at: float
     cpu: float
     wall: float
 
@@ -107,11 +121,12 @@ class Waited:
 class Waiter:
     """A process that waits for locks when it is told to."""
 
+    pid: int
     _commands: Connection
 
-    def start(self, name: str, path: Path) -> None:
-        """Have it wait, for one of `LOCKS`; back when it is about to."""
-        self._commands.send((name, path))
+    def start(self, name: str, path: Path, hold: float = 0.0) -> None:
+        """Have it wait, for one of `LOCKS` or for `POLLING`; back when it is about to."""
+        self._commands.send((name, path, hold))
         self._commands.recv()
 
     def finish(self) -> Waited:
@@ -121,15 +136,18 @@ class Waiter:
 
 
 @contextlib.contextmanager
-def waiters(number: int) -> Iterator[list[Waiter]]:
-    """So many waiting processes, fresh ones."""
-    context = multiprocessing.get_context("spawn")
+def waiters(number: int, method: str = "spawn") -> Iterator[list[Waiter]]:
+    """So many waiting processes, fresh ones. Forked ones start sooner."""
+    context = multiprocessing.get_context(method)
     pipes = [context.Pipe() for _ in range(number)]
     started = [context.Process(target=_wait, args=(theirs,), daemon=True) for _, theirs in pipes]
     for process in started:
         process.start()
     try:
-        yield [Waiter(ours) for ours, _ in pipes]
+        yield [
+            Waiter(process.pid or 0, ours)
+            for process, (ours, _) in zip(started, pipes, strict=True)
+        ]
     finally:
         for ours, _ in pipes:
             ours.send(None)
@@ -142,7 +160,7 @@ def hand_over(name: str, path: Path, to: list[Waiter], hold: float) -> tuple[flo
 
     Seconds from the beginning of the release until the first of them had it, and what each says.
     """
-    lock = LOCKS[name](path)
+    lock = _BY_NAME[name](path)
     lock.acquire()
     for waiter in to:
         waiter.start(name, path)
@@ -154,14 +172,24 @@ def hand_over(name: str, path: Path, to: list[Waiter], hold: float) -> tuple[flo
     return min(w.acquired_at for w in waited) - released_at, waited
 
 
+@contextlib.contextmanager
+def held(name: str, path: Path) -> Iterator[Lock]:
+    """A lock that this process has, for a block that gives it back."""
+    lock = _BY_NAME[name](path)
+    lock.acquire()
+    yield lock
+
+
 def _wait(commands: Connection) -> None:
     while (command := commands.recv()) is not None:
-        name, path = command
-        lock = LOCKS[name](path)
+        name, path, hold = command
+        lock = _BY_NAME[name](path)
         commands.send("waiting")
         cpu, began = time.process_time(), time.monotonic()
         lock.acquire()
         now = time.monotonic()
-        waited = Waited(now, time.process_time() - cpu, now - began)
+        cpu = time.process_time() - cpu
+        time.sleep(hold)
+        released_at = time.monotonic()
         lock.release()
-        commands.send(waited)
+        commands.send(Waited(now, released_at, cpu, now - began))
