@@ -7,12 +7,12 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system.masking import interruptible, uninterrupted
 
 _T = TypeVar("_T")
+_TRIES = 100  # to begin a step: a signal that waited is raised before it has begun
 
 
 class Exits:
@@ -29,15 +29,25 @@ class Exits:
         self.failures: list[BaseException] = []
         self._stack = contextlib.ExitStack()
 
-    def enter(self, name: str, manager: AbstractContextManager[_T]) -> _T:
+    def enter(
+        self, name: str, manager: AbstractContextManager[_T], *, is_short: bool = False
+    ) -> _T:
         """Enter a context manager. A Ctrl-C that comes meanwhile is raised when it is entered, and
-        not half-way.
+        not half-way. One that ``is_short`` is not interrupted on the way back either.
         """
         entered = False
+        carry_out = self._carry_out if is_short else self.attempt
 
         def leave() -> None:
-            if entered:
-                self.attempt(name, functools.partial(self._leave, manager))
+            if not entered:
+                return
+            error = self.error
+            if error is None:
+                carry_out(name, functools.partial(manager.__exit__, None, None, None))
+                return
+            traceback = error.__traceback__
+            carry_out(name, functools.partial(manager.__exit__, type(error), error, traceback))
+            error.__traceback__ = traceback  # contextlib lengthens it each time
 
         with uninterrupted():
             self._stack.callback(leave)  # first: between the two nothing could undo it
@@ -46,10 +56,28 @@ class Exits:
         return value
 
     def callback(self, name: str, step: Callable[[], object]) -> None:
-        self._stack.callback(self.attempt, name, step)
+        """Have a short step carried out on the way back, uninterrupted."""
+        self._stack.callback(self._carry_out, name, step)
 
     def attempt(self, name: str, step: Callable[[], object]) -> bool:
-        """Carry out a step of the release; whether it went well."""
+        """Carry out a step of the release that may take long; whether it went well. A signal may
+        end the step, but nothing between two steps: see `close`.
+        """
+        started = False
+
+        def carry_out() -> None:
+            nonlocal started
+            with interruptible():
+                started = True
+                step()
+
+        for _ in range(_TRIES):
+            went_well = self._carry_out(name, carry_out)
+            if started:
+                return went_well
+        return self._carry_out(name, step)
+
+    def _carry_out(self, name: str, step: Callable[[], object]) -> bool:
         try:
             step()
             return True
@@ -61,16 +89,8 @@ class Exits:
             return False
 
     def close(self, error: BaseException | None) -> None:
+        """Leave everything. To be called within `uninterrupted`: a Ctrl-C between two steps would
+        leave out all that are still to come.
+        """
         self.error = error
         self._stack.close()
-
-    def _leave(self, manager: AbstractContextManager[Any]) -> None:
-        error = self.error
-        if error is None:
-            manager.__exit__(None, None, None)
-            return
-        traceback: TracebackType | None = error.__traceback__
-        try:
-            manager.__exit__(type(error), error, traceback)
-        finally:
-            error.__traceback__ = traceback  # contextlib lengthens it each time

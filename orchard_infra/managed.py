@@ -80,8 +80,9 @@ class managed_environment:
         session = self._new_session()
         try:
             return session.prepare()
-        except BaseException:
+        except BaseException as error:
             self._session = None
+            session.close(error)  # a Ctrl-C may have come when all was prepared
             raise
 
     def __exit__(
@@ -93,14 +94,20 @@ class managed_environment:
         session, self._session = self._session, None
         if session is None:
             raise InfrastructureError("this managed_environment was not entered")
-        session.close(error)
+        try:
+            session.close(error)
+        except BaseException as interrupt:
+            if not session.is_closed:  # a Ctrl-C came before the release could begin
+                session.close(interrupt)
+            raise
 
     async def __aenter__(self) -> Environment:
         session = self._new_session()
         try:
             return await session.prepare_async()
-        except BaseException:
+        except BaseException as error:
             self._session = None
+            session.close(error)  # a Ctrl-C may have come when all was prepared
             raise
 
     async def __aexit__(
@@ -221,9 +228,12 @@ class _ForeignSession:
         self._manager = manager
         self._cfg = cfg
         self._logger = logger
+        self._is_prepared = False
+        self.is_closed = True  # and not to be closed again
 
     def prepare(self) -> Environment:
         env = self._manager.prepare_environment(self._cfg, self._logger)
+        self._is_prepared = True
         if env is not None:
             return cast(Environment, env)
         # What a block gets from a manager that yields nothing, such as a test double.
@@ -234,6 +244,8 @@ class _ForeignSession:
         return self.prepare()
 
     def close(self, error: BaseException | None) -> None:
+        if not self._is_prepared:
+            return
         try:
             self._manager.release_resources(self._cfg, self._logger)
         except Exception as failure:

@@ -24,7 +24,7 @@ from orchard_infra.errors import ReleaseError
 from orchard_infra.exits import Exits
 from orchard_infra.launch import Launch
 from orchard_infra.locks.acquiring import Pause, acquiring
-from orchard_infra.locks.base import Lock, LockKey
+from orchard_infra.locks.base import Lease, Lock, LockKey
 from orchard_infra.locks.keeper import Keeper
 from orchard_infra.runs.membership import Membership
 from orchard_infra.runs.record import (
@@ -115,7 +115,8 @@ class Session:
             self._reserves = True
             env._begin()
             self._exits.callback("stop requests", env._end)
-        self._enter_strategy("signal handlers", self.stopper)
+        if self.stopper is not None:
+            self._exits.enter("signal handlers", self.stopper.around(env), is_short=True)
         if self.stopper is None:  # which would wait for them
             env.before_release(functools.partial(env.wait_for_callbacks, _CALLBACKS))
         if joined is None:
@@ -158,23 +159,25 @@ class Session:
     def _take_lock(self, lock: Lock) -> Generator[Pause, None, None]:
         env = self.env
         key = LockKey(self.settings.project, self.settings.lock_path)
+
+        def keep(lease: Lease) -> None:
+            self._exits.callback("lock", lease.release)
+            env._lease = lease
+            keeper = Keeper(lease, env.lose, self.logger)
+            self._exits.callback("lock keeper", keeper.stop)
+            keeper.start()
+
         began = time.perf_counter()
-        # May wait, so a signal can come. A lease that gets lost on the way releases itself.
-        lease = yield from acquiring(
+        yield from acquiring(
             lock,
             key,
             env.run,
             timeout=self.timeout,
             clear_dead=env.clear_dead,
             logger=self.logger,
+            keep=keep,
         )
         env.report.waited_seconds = time.perf_counter() - began
-        with uninterrupted():
-            self._exits.callback("lock", lease.release)
-            env._lease = lease
-            keeper = Keeper(lease, env.lose, self.logger)
-            keeper.start()
-            self._exits.callback("lock keeper", keeper.stop)
 
     def _ready(self, began: float) -> Environment:
         with uninterrupted():
@@ -190,13 +193,17 @@ class Session:
         """What was entered is left. A signal that came meanwhile is raised: who waits for the lock
         by trying again would never know of it.
         """
-        try:
-            steps.close()
-        finally:
+        with uninterrupted():
+            self._exits.attempt("wait for the lock", steps.close)
             self._leave(error)
         self._raise_held(error)
 
     # Out of it.
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the release has begun: it is carried out to its end then."""
+        return self._closed
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave everything. Twice is once; in a forked child nothing is done, it is its parent's.
@@ -208,15 +215,10 @@ class Session:
             ReleaseError: Steps failed, and the body did not.
             BaseException: A signal arrived meanwhile, and was held until now.
         """
-        if self._closed or not self._prepared or self.pid != os.getpid():
+        if self.is_closed or not self._prepared or self.pid != os.getpid():
             return
-        self._closed = True
         began = time.perf_counter()
-        try:
-            raised_by_handler = self._leave(error)
-        finally:
-            if self in _open:
-                _open.remove(self)
+        raised_by_handler = self._leave(error)
         report, failures = self.env.report, self._exits.failures
         report.release_seconds = time.perf_counter() - began
         report.failures = tuple(failures)
@@ -232,25 +234,27 @@ class Session:
 
     def _leave(self, error: BaseException | None) -> BaseException | None:
         """Leave everything. Returns what the program's own handler of SIGCHLD raised after that."""
-        try:
-            with child_signals_deferred():
-                self._leave_all(error)
-        except Exception as failure:
-            self.logger.error("the handler of SIGCHLD, after the release: %s", failure)
-            return failure
-        return None
-
-    def _leave_all(self, error: BaseException | None) -> None:
         exits = self._exits
-        try:
-            if self._reserves:
-                reserve.let_go()
-                for step in tuple(self.env._before_release):
-                    if not exits.attempt("before the release", step):
-                        # A signal may have come just before the step that holds them back.
-                        exits.attempt("before the release", step)
-        finally:
-            exits.close(error)
+        with uninterrupted():
+            if self._closed:
+                return None
+            self._closed = True
+            try:
+                with child_signals_deferred():
+                    if self._reserves:
+                        reserve.let_go()
+                        for step in tuple(self.env._before_release):
+                            if not exits.attempt("before the release", step):
+                                # A signal may have come just before the step that holds them.
+                                exits.attempt("before the release", step)
+                    exits.close(error)
+            except Exception as failure:
+                self.logger.error("the handler of SIGCHLD, after the release: %s", failure)
+                return failure
+            finally:
+                if self in _open:
+                    _open.remove(self)
+        return None
 
     def _raise_held(self, error: BaseException | None) -> None:
         """Raise the signal that came during the release, unless the program is ending anyway."""

@@ -361,11 +361,11 @@ def test_the_modules_are_there_after_an_import_of_the_package(tmp_path):
         """
         import orchard_infra
         print(orchard_infra.errors.ReleaseError.__name__)
-        print(orchard_infra.locks.file.FileLock().timeout)
+        print(orchard_infra.config.HardwareConfig("x").allow_process_kill)
         """,
     )
     assert run.finish() == 0, run.transcript()
-    assert run.output.split() == ["ReleaseError", "0.0"]
+    assert run.output.split() == ["ReleaseError", "False"]
 
 
 # --- nesting, joining, forking ---

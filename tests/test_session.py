@@ -314,7 +314,7 @@ def test_what_is_no_strategy_is_refused_when_the_manager_is_made(field):
 # --- at every instant ---
 
 INTERRUPTED = """
-    import contextlib, os, random, signal, sys, time
+    import contextlib, os, random, signal, sys, time, traceback
     from orchard_infra import *
     from orchard_infra import current_environments
 
@@ -340,7 +340,7 @@ INTERRUPTED = """
             held.discard(self.name)
 
     def interrupt(signum, frame):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGALRM, interrupt)
     manager = InfrastructureManager(
@@ -361,6 +361,7 @@ INTERRUPTED = """
         cycle()
     lasts = (time.perf_counter() - began) / 20
     interrupted = left = 0
+    where = None
     random.seed(int(sys.argv[1]))
     end = time.monotonic() + 4
     while time.monotonic() < end:
@@ -368,24 +369,27 @@ INTERRUPTED = """
             signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-6, lasts * 1.2))
             cycle()
             signal.setitimer(signal.ITIMER_REAL, 0)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             interrupted += 1
+            where = error
         except BaseException as error:
             print("raised", repr(error))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        found = [*held, *signal.pthread_sigmask(signal.SIG_BLOCK, ()), *os.listdir(runs)]
+        # A signal between the end of the block and the release leaves that to the exit hook.
+        for env in current_environments():
+            env.close()
+        # The record of a run whose release was interrupted is evidence, and stays.
+        records = [run.state for run in RunRegistry().runs() if run.is_live]
+        found = [*held, *signal.pthread_sigmask(signal.SIG_BLOCK, ()), *records]
         found += [name for name in ("ORCHARD_INFRA_RUN_ID",) if name in os.environ]
         if [signal.getsignal(s) for s in taken_over] != handlers:
             found.append("handlers")
-        # A signal between the end of the block and the release leaves that to the exit hook.
-        for env in current_environments():
-            print("open", env)
-            env.close()
         if found:
             left += 1
             print("left", found)
-            held.clear()
-    print("interrupted", interrupted > 300, interrupted, "left", left)
+            traceback.print_exception(where)
+            break
+    print("interrupted", interrupted > 50, interrupted, "left", left)
 """
 
 

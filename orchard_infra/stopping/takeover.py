@@ -22,7 +22,7 @@ from typing import Any
 
 import attrs
 
-from orchard_infra.system.masking import is_in_main_thread, keep_away
+from orchard_infra.system.masking import is_in_main_thread, keep_away, uninterrupted
 
 # Where a lock changes hands without a `with`.
 _LOCKING = {
@@ -125,10 +125,13 @@ class Takeover:
             ours = [s for s in self._previous if signal.getsignal(s) == self._handle]
             if not ours or not is_in_main_thread():
                 return []
-            with _arrivals() as arrived:
-                for signum in ours:
-                    signal.signal(signum, self._living_previous(signum))
-            return [signum for signum in ours if signum in arrived]
+            with uninterrupted():
+                with _arrivals() as arrived:
+                    for signum in ours:
+                        signal.signal(signum, self._living_previous(signum))
+                # One that waits would meet the default handler now, and end the program.
+                waiting = _take_pending(ours)
+            return [signum for signum in ours if signum in arrived or signum in waiting]
         finally:
             self._ended = True
 
@@ -204,6 +207,18 @@ def _is_locking(code: CodeType) -> bool:
 
 def _is_threshold(code: CodeType) -> bool:
     return code.co_name in _THRESHOLD and code.co_filename.startswith(_PACKAGE)
+
+
+def _take_pending(signums: list[int]) -> list[int]:
+    """Take those of these signals that are blocked and wait, so that they are never delivered."""
+    if sys.platform == "win32":
+        return []
+    taken = []
+    for signum in signal.sigpending().intersection(signums):
+        # Another thread may have got it meanwhile.
+        if not hasattr(signal, "sigtimedwait") or signal.sigtimedwait([signum], 0) is not None:
+            taken.append(int(signum))
+    return taken
 
 
 @contextlib.contextmanager
