@@ -1,9 +1,9 @@
-"""What a run must be told: two attributes, read from any configuration object.
+"""The configuration of a run: two attributes, read from any object.
 
-Anything with a ``hardware`` attribute that exposes ``allow_process_kill`` and ``lock_file_path``
-will do: an attrs class, a dataclass, a pydantic model, a `types.SimpleNamespace`, an argparse
-namespace, an OmegaConf node. `EnvironmentConfig` is the package's own; a bare string is taken as
-a project name.
+The object has a ``hardware`` attribute, and that has ``allow_process_kill`` and
+``lock_file_path``: an attrs class, a dataclass, a pydantic model, a `types.SimpleNamespace`, an
+argparse namespace, an OmegaConf node. `EnvironmentConfig` is the package's own. A string is a
+project name.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _LOCK_PATH = "cfg.hardware.lock_file_path"
 
 
 class _ByAttribute(type(Protocol)):  # type: ignore[misc]
-    """From Python 3.12 on isinstance() asks without `getattr`, and so finds no attribute that an
-    object makes up when asked, as OmegaConf's nodes do.
+    """Finds attributes by ``getattr``. From Python 3.12 on isinstance() does not, and finds none
+    of OmegaConf's nodes, which make their attributes when they are read.
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -218,7 +218,9 @@ def check_lock_path(value: object, name: str) -> Path:
 
 
 def check_bool(value: object, name: str) -> bool:
-    """``value``, if it is a real bool: the string "false" is true, and kills."""
+    """``value``, if it is a real bool; `ConfigurationError` if not. The string "false" is true:
+    a run that must not kill would kill.
+    """
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, not {_found(value)}")
     return value
