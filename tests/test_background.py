@@ -239,10 +239,10 @@ def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(t
     script = run_python(
         tmp_path,
         """
-        import random, signal, sys, threading, time
+        import logging, random, signal, sys, threading, time
         sys.setswitchinterval(1e-5)
         from orchard_infra.system import background
-        from orchard_infra.system.background import Task
+        from orchard_infra.system.background import Callbacks, Task
         class Interrupted(Exception):
             pass
         armed = False
@@ -257,8 +257,9 @@ def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(t
                 background.add(task)
                 background.remove(task)
                 time.sleep(1e-4)
-        thread = threading.Thread(target=others)
+        thread = threading.Thread(target=others, daemon=True)
         thread.start()
+        callbacks, called = Callbacks(logging.getLogger()), []
         hits = trials = 0
         end = time.monotonic() + 1.0
         while time.monotonic() < end:
@@ -273,9 +274,11 @@ def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(t
                     background.wake()
                     background.finish(task)
                     background.remove(task)
+                    callbacks.add(called.append)
+                    callbacks.call("stop")
                 finally:
                     armed = False
-            except Interrupted:
+            except (Interrupted, KeyError):  # `Thread.start` makes a KeyError of it
                 armed = False
                 hits += 1
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -290,11 +293,17 @@ def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(t
         while not ran and time.monotonic() < deadline:
             time.sleep(0.01)
         print(hits > 50 or hits, bool(ran), len(background._background.tasks), flush=True)
-        print(sum("orchard" in thread.name for thread in threading.enumerate()), flush=True)
+        print(sum("background" in thread.name for thread in threading.enumerate()), flush=True)
+        last = []
+        callbacks.add(last.append)
+        callbacks.call("stop")
+        print(callbacks.wait(10), last, len(called) > 50, flush=True)
         """,
     )
     assert script.finish() == 0, script.transcript()
-    assert script.output.splitlines() == ["True True 1", "1"], script.transcript()
+    assert script.output.splitlines() == [
+        *("True True 1", "1", "True ['stop'] True"),
+    ], script.transcript()
 
 
 def test_at_interpreter_exit_what_was_added_before_is_still_done(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -82,6 +83,7 @@ def steps() -> None:
         ([logging.Handler.handle, steps], True),
         ([logging.StreamHandler.flush, steps], True),
         ([logging.Logger.isEnabledFor, steps], True),
+        ([threading.Thread.start, steps], True),
         # With the lock in its hands, but within a try that lets go of it.
         ([logging.StreamHandler.emit, logging.Handler.handle, steps], False),
         # A handler that has put off its own signal is about to return into this.

@@ -28,6 +28,7 @@ from orchard_infra.system.masking import is_in_main_thread, keep_away, uninterru
 _LOCKING = {
     threading.__file__: {
         *("acquire", "release", "__enter__", "__exit__", "_acquire_restore", "_release_save"),
+        "start",  # which ends as a KeyError
     },
     logging.__file__: {
         *("acquire", "release", "handle", "flush", "close", "setStream", "set_name"),
