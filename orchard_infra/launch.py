@@ -189,6 +189,16 @@ _LAUNCHERS_OF_RANK = (
     ("deepspeed", "CROSS_RANK"),
 )
 
+# Which host of the job this is, counted from 0, by launcher.
+_NODES = {
+    "torchrun": ("GROUP_RANK",),  # local_elastic_agent.py
+    "accelerate": ("GROUP_RANK",),
+    "deepspeed": ("CROSS_RANK",),  # deepspeed/launcher/launch.py
+    "lightning": ("NODE_RANK",),  # subprocess_script.py
+    "srun": ("SLURM_NODEID",),  # srun(1)
+    "mpiexec": ("PALS_NODEID",),  # mpiexec(1) of HPE Cray PALS
+}
+
 # How often a job was started again: torchrun --max-restarts, and sbatch(1) after a requeue.
 _RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -208,6 +218,7 @@ class Launch:
     ``job`` is what all ranks of one job have in common and no other job has; compare it by
     `is_same_job` only. It stays the same through elastic restarts. None outside of a distributed
     job, and where nothing names it. ``restart`` counts the restarts of the job, for display.
+    ``node`` is which of the job's hosts this one is, where the launcher says so.
     """
 
     rank: int | None = None
@@ -217,6 +228,7 @@ class Launch:
     scheduler: str | None = None
     job: str | None = None
     restart: int | None = attrs.field(default=None, eq=False)
+    node: int | None = None
     _evidence: str = attrs.field(default="", eq=False)  # of the scheduler, else of the rank
     _rank_from: str = attrs.field(default="", eq=False)
 
@@ -241,6 +253,7 @@ class Launch:
             ranks,
             scheduler=scheduler,
             restart=_first_number(environ, _RESTARTS),
+            node=_first_number(environ, _NODES.get(ranks.launcher or "", ())),
             evidence=evidence or ranks._rank_from,
         )
         if launch.launcher is None:
@@ -254,6 +267,18 @@ class Launch:
     def is_leader(self) -> bool:
         """Whether this process locks, sanitizes and cleans up for its job."""
         return self.rank is None or self.rank == 0
+
+    @property
+    def is_on_first_node(self) -> bool | None:
+        """Whether this is the host of rank 0; None where nothing says so."""
+        if self.rank is None or self.rank == 0:
+            return True
+        if self.node is not None:
+            return self.node == 0
+        if self.local_rank is None:
+            return None
+        # Of the first host's ranks each is its local rank, unless they are dealt out like cards.
+        return True if self.rank == self.local_rank else False if self.local_rank == 0 else None
 
     @property
     def shared_compute(self) -> bool:
@@ -295,10 +320,11 @@ def this_launch() -> Launch:
     Raises:
         ConfigurationError: See `Launch.from_environ`.
     """
-    launch = Launch.from_environ(os.environ)
+    environ = dict(os.environ)  # which encodes and decodes at every look
+    launch = Launch.from_environ(environ)
     if launch.launcher is None:
         return launch
-    return Launch.from_environ(os.environ, started_by=_launcher_process(launch))
+    return Launch.from_environ(environ, started_by=_launcher_process(launch))
 
 
 def scheduler_job(environ: Mapping[str, str]) -> str | None:

@@ -20,8 +20,9 @@ import attrs
 
 from orchard_infra.config import Settings
 from orchard_infra.environment import Environment, Strategy
-from orchard_infra.errors import ReleaseError
+from orchard_infra.errors import EnvironmentLockedError, ReleaseError
 from orchard_infra.exits import Exits
+from orchard_infra.following import Job
 from orchard_infra.launch import Launch
 from orchard_infra.locks.acquiring import Pause, acquiring
 from orchard_infra.locks.base import Lease, Lock, LockKey
@@ -138,8 +139,12 @@ class Session:
             self._registration = env._registration = registration
             self._exits.callback("run record", self._leave_registry)
             self._exits.callback("run id", export(RUN_ID_VARIABLE, env.run.run_id))
-        if env.is_leader and self.locker is not None:
-            yield from self._take_lock(self.locker)
+        if self.locker is not None:
+            job = Job(self.launch, env.run, registry, self.logger)
+            if env.is_leader:
+                yield from self._take_lock(self.locker, job)
+            else:
+                yield from job.follow(self.locker, self._key)
         registration.update(env.run, RunState.RUNNING)
         registration.note_members()
         with uninterrupted():
@@ -156,9 +161,8 @@ class Session:
         if strategy is not None:
             self._exits.enter(name, strategy.around(self.env))
 
-    def _take_lock(self, lock: Lock) -> Generator[Pause, None, None]:
+    def _take_lock(self, lock: Lock, job: Job) -> Generator[Pause, None, None]:
         env = self.env
-        key = LockKey(self.settings.project, self.settings.lock_path)
 
         def keep(lease: Lease) -> None:
             self._exits.callback("lock", lease.release)
@@ -168,15 +172,22 @@ class Session:
             keeper.start()
 
         began = time.perf_counter()
-        yield from acquiring(
-            lock,
-            key,
-            env.run,
-            timeout=self.timeout,
-            clear_dead=env.clear_dead,
-            logger=self.logger,
-            keep=keep,
-        )
+        try:
+            yield from acquiring(
+                lock,
+                self._key,
+                env.run,
+                timeout=self.timeout,
+                clear_dead=env.clear_dead,
+                logger=self.logger,
+                keep=keep,
+            )
+        except EnvironmentLockedError as error:
+            job.refuse(error)
+            raise
+        if env.run.job is not None:
+            job.withdraw_refusal()
+            self._exits.long_callback("ranks of this job", job.wait_for_others)
         env.report.waited_seconds = time.perf_counter() - began
 
     def _ready(self, began: float) -> Environment:
@@ -294,6 +305,10 @@ class Session:
 
     # What the steps need.
 
+    @property
+    def _key(self) -> LockKey:
+        return LockKey(self.settings.project, self.settings.lock_path)
+
     def _make_environment(self, registry: RunRegistry, joined: RunRecord | None) -> Environment:
         locks = self.locker is not None and self.launch.is_leader
         reason = None if self.settings.allow_process_kill else "allow_process_kill is False"
@@ -304,6 +319,8 @@ class Session:
                 lock=str(self.settings.lock_path) if locks else None,
                 rank=self.launch.rank,
                 argv=self.command,
+                job=self.launch.job,
+                restart=self.launch.restart,
             ),
             lock_path=self.settings.lock_path,
             tmp_dir=Path(joined.tmp_dir) if joined is not None and joined.tmp_dir else None,
@@ -326,7 +343,7 @@ class Session:
         started_in = os.environ.get(RUN_ID_VARIABLE)
         if not started_in or self.locker is None or not self.launch.is_leader:
             return None
-        holder = self.locker.holder(LockKey(self.settings.project, self.settings.lock_path))
+        holder = self.locker.holder(self._key)
         if holder is None or holder.run_id not in registry.lineage(started_in):
             return None
         run = registry.find(holder.run_id)

@@ -118,3 +118,16 @@ class QueuedLock(Lock, Protocol):
             InfrastructureError: The same.
         """
         ...
+
+
+@runtime_checkable
+class SharedLock(Lock, Protocol):
+    """A lock that may be seen from other hosts: the ranks of a job find their rank 0 by it."""
+
+    def is_shared(self, key: LockKey) -> bool:
+        """Whether other hosts see this lock."""
+        ...
+
+    def holder_now(self, key: LockKey) -> RunRecord | None:
+        """The record of the run that has the lock now; None where it is free, or not signed."""
+        ...

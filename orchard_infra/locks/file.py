@@ -115,6 +115,30 @@ class FileLock:
             finally:
                 os.close(fd)
 
+    def is_shared(self, key: LockKey) -> bool:
+        """See `SharedLock.is_shared`: the file is on a network file system."""
+        try:
+            return _stays(os.stat(key.path.parent).st_dev)
+        except OSError:
+            return False
+
+    def holder_now(self, key: LockKey) -> RunRecord | None:
+        """See `SharedLock.holder_now`. Where the lock is free, this has it for an instant."""
+        try:
+            fd = files.open_existing(key.path, os.O_RDONLY)
+        except (OSError, InfrastructureError):
+            return None
+        try:
+            record = _record_in(fd)
+            if record is None or not lock_descriptor(fd, shared=True):
+                return record
+            unlock_descriptor(fd)
+            return None
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
     def queue(self, key: LockKey) -> queue.Place:
         """See `QueuedLock.queue`."""
         return queue.Place(key.path)

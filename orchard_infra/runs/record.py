@@ -99,7 +99,8 @@ class RunRecord:
 
     ``session`` is the session of the leader, see setsid(2). ``environment`` is a keyed digest of
     the environment that the leader was started with; it is in the registry only, which nobody
-    else can read. ``host`` is for display: a host name may change while a run goes on.
+    else can read. ``host`` is for display: a host name may change while a run goes on. ``job`` is
+    that of `Launch`, and ``restart`` its count of restarts.
     """
 
     run_id: str = attrs.field(validator=_run_id)
@@ -120,6 +121,8 @@ class RunRecord:
     parent: str | None = attrs.field(default=None, validator=_text_or_none)
     session: int | None = attrs.field(default=None, validator=_whole_or_none)
     environment: str | None = attrs.field(default=None, validator=_text_or_none, repr=False)
+    job: str | None = attrs.field(default=None, validator=_text_or_none)
+    restart: int | None = attrs.field(default=None, validator=_whole_or_none)
 
     @property
     def leader(self) -> ProcessIdentity:
@@ -184,6 +187,8 @@ def describe_this_run(
     rank: int | None = None,
     environ: Mapping[str, str] = os.environ,
     argv: Sequence[str] | None = None,
+    job: str | None = None,
+    restart: int | None = None,
 ) -> RunRecord:
     """The record of a run that this process is about to begin. ``argv`` is what the run executes,
     where that is a command and not this very process.
@@ -217,6 +222,8 @@ def describe_this_run(
             parent=parent if is_run_id(parent) else None,
             session=os.getsid(0) if hasattr(os, "getsid") else None,
             environment=own_environment_digest(run_id),
+            job=job,
+            restart=restart,
         )
     except ValueError as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error
