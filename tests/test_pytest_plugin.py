@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -25,6 +27,7 @@ TESTS = """
         assert managed_env.lock_path.exists()
         assert managed_env.run.pid == os.getpid()
         assert tmp_path in managed_env.lock_path.parents
+        assert tmp_path in managed_env.tmp_dir.parents
         assert len(RunRegistry().runs()) == 1
         Path(os.environ["SEEN"], managed_env.run.run_id).write_text(str(managed_env.lock_path))
 
@@ -47,6 +50,23 @@ def test_the_fixtures_isolate_each_test(pytester, monkeypatch, options):
     locks = [path.read_text() for path in seen.iterdir()]
     assert len(set(locks)) == 2
     assert not any(pytester.path.joinpath(lock).exists() for lock in locks)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_pytest_and_does_not_fail_one_test_of_many(pytester, name):
+    """As a CI sends it that cancels a job."""
+    pytester.makepyfile(
+        f"""
+        import os, signal
+        def test_that_is_running(managed_env):
+            os.kill(os.getpid(), signal.{name})
+        def test_that_would_be_next():
+            open("next", "w").close()
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    assert result.ret == -getattr(signal, name)
+    assert not pytester.path.joinpath("next").exists()
 
 
 def test_loading_the_plugin_imports_no_part_of_the_package_that_costs(pytester):
