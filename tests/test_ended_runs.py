@@ -133,6 +133,7 @@ def test_a_run_is_on_record_as_ended_while_a_child_lives_and_no_longer(program, 
     assert live_run_of(registry, child) == run.record.run_id
     assert not registry.remove(run)
     assert registry.dead_runs() == ()
+    assert list(Membership(()).survivors([run])) == []
     program.do("children[0].kill(), children[0].wait()")
     program.leave()
     assert names(registry) == []
@@ -341,10 +342,12 @@ def test_an_abandoned_run_is_no_live_one_and_counts_as_crashed_once_its_program_
     os.kill(child, signal.SIGKILL)
 
 
-def test_without_a_free_descriptor_the_evidence_stays(program, registry):
+@pytest.mark.parametrize("was_noted", [True, False])
+def test_without_a_free_descriptor_the_evidence_stays(program, registry, was_noted):
     program.do("run = enter()")
-    early, late = program.number("sleeper()"), 0
-    program.do("run.note_members()")
+    early = program.number("sleeper()")
+    if was_noted:
+        program.do("run.note_members()")
     late = program.number("fork()")
     program.do("soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)")
     program.do("resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors() - 1, hard))")
@@ -410,7 +413,7 @@ def test_who_is_below_the_program_is_written_down_once(registration, registry):
     assert not expected & run.members.before
     assert registration.path.with_suffix(".members").stat().st_mode & 0o777 == 0o600
     registration.close()
-    registration.note_members()  # of another thread, which comes late
+    registration.note_members([ProcessIdentity(7, 1.5)])  # of another thread, which comes late
     assert names(registry) == []
     os.kill(grandchild, signal.SIGKILL)
     child.wait()

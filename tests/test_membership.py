@@ -556,21 +556,23 @@ def test_every_worker_of_a_dead_program_is_found_whatever_started_it(tmp_path, s
     assert all(processes.is_running(pid) for pid in program)
 
 
+SERVER = """
+    import multiprocessing, signal
+    if __name__ == "__main__":
+        workers = [
+            multiprocessing.get_context(method).Process(target=signal.pause)
+            for method in ("fork", "spawn", "forkserver")
+        ]
+        for worker in workers:
+            worker.start()
+        print("serving", flush=True)
+        signal.pause()
+"""
+
+
 def test_a_server_that_the_program_had_before_the_run_goes_on_with_its_workers(tmp_path):
     """It is no part of the run, in whatever session it is, although it was written down."""
-    server = """
-        import multiprocessing, signal
-        if __name__ == "__main__":
-            workers = [
-                multiprocessing.get_context(method).Process(target=signal.pause)
-                for method in ("fork", "spawn", "forkserver")
-            ]
-            for worker in workers:
-                worker.start()
-            print("serving", flush=True)
-            signal.pause()
-    """
-    (tmp_path / "server.py").write_text(textwrap.dedent(server))
+    (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
     source = """
         import subprocess, sys
         from orchard_infra.runs.record import describe_this_run
@@ -590,6 +592,29 @@ def test_a_server_that_the_program_had_before_the_run_goes_on_with_its_workers(t
     run.kill()
     run.wait()
     assert survivors(tmp_path) == {}
+
+
+def test_a_server_that_a_released_run_started_is_reported_with_its_workers(tmp_path):
+    (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
+    source = """
+        import os, subprocess, sys
+        from orchard_infra.runs.record import RUN_ID_VARIABLE, describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        registration = RunRegistry().register(describe_this_run("digits"))
+        os.environ[RUN_ID_VARIABLE] = registration.record.run_id
+        server = subprocess.Popen([sys.executable, "server.py"], stdout=subprocess.PIPE)
+        server.stdout.readline()
+        registration.end()
+        print("ended", flush=True)
+        sys.stdin.readline()
+    """
+    run = run_python(tmp_path, source)
+    run.wait_for("ended")
+    started = set(processes.descendants([run.pid]))
+    assert len(started) >= 6
+    run.kill()
+    run.wait()
+    assert kinds(tmp_path) == dict.fromkeys(started, "detached")
 
 
 def test_loky_s_workers_are_workers_and_its_tracker_is_a_helper(tmp_path):
@@ -810,6 +835,31 @@ def test_a_child_with_a_cleaned_environment_belongs_through_whoever_is_above_it(
     assert run.pid not in list(processes.ancestors(child))
     assert live_run_of(registry, shell) == run_id
     assert live_run_of(registry, child) == run_id
+
+
+def test_what_was_written_down_belongs_although_it_is_an_orphan_with_a_cleaned_environment(
+    tmp_path, registry
+):
+    source = """
+        import subprocess, sys
+        from orchard_infra.runs.record import describe_this_run
+        from orchard_infra.runs.registry import RunRegistry
+        registration = RunRegistry().register(describe_this_run("digits"))
+        words = ["sh", "-c", "env -i sleep 1000 & echo started $!; read line"]
+        shell = subprocess.Popen(words, stdin=subprocess.PIPE)
+        sys.stdin.readline()
+        registration.note_members()
+        shell.communicate(b".\\n")
+        print("registered", registration.record.run_id, flush=True)
+        sys.stdin.readline()
+    """
+    run = run_python(tmp_path, source)
+    orphan = int(run.wait_for("started").split()[1])
+    run.tell()
+    run_id = run.wait_for("registered").split()[1]
+    assert run.pid not in list(processes.ancestors(orphan))
+    wait_until(lambda: processes.read_environ(orphan) == {})
+    assert live_run_of(registry, orphan) == run_id
 
 
 def test_a_stranger_belongs_to_no_run_and_a_dead_run_protects_nobody(tmp_path, registry):
