@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from locking import Line, exit_status, forked, holder_of, line, take, take_elsewhere, tickets
+from locking import Line, exit_status, forked, holder_of, line, take, tickets
 from orchard_infra.errors import EnvironmentLockedError
 from orchard_infra.locks import queue
 from orchard_infra.locks.base import LockKey
@@ -42,8 +42,9 @@ def test_nothing_is_left_of_the_queue_after_the_last_waiter(tmp_path, runtime_di
         assert list((runtime_directory / "queues").iterdir()) == []
 
 
-def test_who_is_killed_or_stopped_holds_nobody_up(tmp_path):
+def test_who_is_killed_or_stopped_holds_nobody_up(tmp_path, monkeypatch):
     """The first in line, too: one that is stopped has its place again when it goes on."""
+    monkeypatch.setattr(queue, "_SILENT", 3600.0)  # that they are silent is not what is seen here
     with line(tmp_path, waiters=9, hold=0.05) as (waiting, lease):
         for number in (0, 4):
             waiting.send(number, signal.SIGSTOP)
@@ -151,13 +152,20 @@ def read(path: Path) -> str:
     return path.read_text()
 
 
-def test_an_attempt_without_waiting_takes_no_place(tmp_path):
-    with line(tmp_path, waiters=1, hold=0.2) as (waiting, lease):
-        with pytest.raises(EnvironmentLockedError):
-            take_elsewhere(waiting.path)
+def test_an_attempt_without_waiting_does_not_stand_in_line(tmp_path):
+    """It takes what is free, also past others: an elastic restart must not wait behind them."""
+    path = tmp_path / "x.lock"
+    with queue.Place(path) as place:
+        place.is_first()
+        place.is_first()
+        take(path, timeout=0.0).release()
         assert len(tickets()) == 1
-        lease.release()
-        all_served(waiting, [0])
+
+
+def test_the_ticket_of_one_who_is_killed_is_removed_while_others_wait(tmp_path):
+    with line(tmp_path, waiters=3) as (waiting, _):
+        waiting.send(0, signal.SIGKILL)
+        wait_until(lambda: len(tickets()) == 2)
 
 
 def test_a_run_that_takes_the_lock_again_and_again_starves_nobody(tmp_path):
@@ -216,9 +224,9 @@ def test_the_tickets_of_a_dead_machine_are_removed(tmp_path, runtime_directory):
 
 def test_waiters_cost_little_and_are_served_soon(tmp_path):
     """The goal is 5 % of a core for 64, see benchmarks/waiters.py. The bounds are generous here,
-    since this machine is shared: 8 that poll would take ten times as much.
+    since this machine is shared: 12 that poll would take ten times as much.
     """
-    with line(tmp_path, waiters=8, hold=0.0) as (waiting, lease):
+    with line(tmp_path, waiters=12, hold=0.0) as (waiting, lease):
         waiters = [psutil.Process(pid) for pid in waiting.pids]
 
         def used() -> float:
@@ -230,8 +238,8 @@ def test_waiters_cost_little_and_are_served_soon(tmp_path):
         assert share <= 0.06
         lease.release()
         began = time.monotonic()
-        all_served(waiting, list(range(8)))
-        assert time.monotonic() - began < 5.0
+        all_served(waiting, list(range(12)))
+        assert time.monotonic() - began < 2.5  # each would take 0.4 s if nothing woke it
 
 
 def test_a_waiter_that_finds_nobody_before_it_leaves_no_trace_when_the_lock_is_free(
