@@ -146,11 +146,19 @@ class Stopping:
             self._wait_for_leaders(targets, began, show)
             outcome = self._stop_the_rest(targets, began + self.grace)
         results += [self._result(target, outcome) for target in targets]
+        self._forget(targets)
         return results + [
             Result(_why_not_with_its_program(run), is_gone=False)
             for run in self.runs
             if _has_only_ended(run) and processes.is_alive(run.record.leader)
         ]
+
+    def _forget(self, targets: Sequence[_Target]) -> None:
+        """Drop the records of runs that ended well on our request, and only had processes left."""
+        ids = {target.run.record.run_id for target in targets}
+        for run in self.registry.dead_runs():
+            if run.record.run_id in ids and run.was_released:
+                self.registry.remove(run)
 
     def _targets(self) -> list[_Target]:
         """Those that wait for a lock come first: else one of them would start when it goes free."""

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 
+from commands import command_server
 from support import PATIENCE, environment, require_module
 from wrapping import Wrapper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_are_forked() -> Iterator[None]:
+    with command_server():
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from commands import (
@@ -25,21 +26,24 @@ from commands import (
     train,
     wait_for_state,
 )
+from orchard_infra.runs.environ import environment_digest
 from support import Script, is_running, run_command, run_python, wait_gone, wait_until
 
 # /dev/shm is the whole machine's: what one test leaves there for a moment, another one would see.
 pytestmark = pytest.mark.xdist_group("shared memory")
 
-# A run of digits, or, with GHOST, a process that has the same command line and is in no run.
+# A run of digits, one that has left its block, or a ghost: a process that has the same command line
+# and environment, and is in no run. Which one, a file says when it starts.
 SCRIPT = """
     import os, sys, time
-    if os.environ.get("GHOST"):
+    role = open(os.path.join(os.path.dirname(__file__), "role")).read()
+    if role == "ghost":
         print("ready", flush=True)
         while True:
             time.sleep(600)
     from orchard_infra import managed_environment
     with managed_environment("digits"):
-        if not os.environ.get("LEAVE"):
+        if role == "run":
             print("ready", flush=True)
             sys.stdin.read()
     print("ready", flush=True)
@@ -47,14 +51,17 @@ SCRIPT = """
 """
 
 
-def script(tmp_path: Path, *arguments: str, **environ: str) -> Script:
-    started = run_python(tmp_path, SCRIPT, *arguments, name="train.py", env=environ)
+def script(
+    tmp_path: Path, *arguments: str, role: str = "run", cwd: Path | None = None, **environ: str
+) -> Script:
+    (tmp_path / "role").write_text(role)
+    started = run_python(tmp_path, SCRIPT, *arguments, name="train.py", env=environ, cwd=cwd)
     started.wait_for("ready")
     return started
 
 
-def ghost(tmp_path: Path, *arguments: str, **environ: str) -> Script:
-    return script(tmp_path, *arguments, GHOST="1", **environ)
+def ghost(tmp_path: Path, *arguments: str, cwd: Path | None = None, **environ: str) -> Script:
+    return script(tmp_path, *arguments, role="ghost", cwd=cwd, **environ)
 
 
 def let_them_age(tmp_path: Path) -> None:
@@ -151,6 +158,90 @@ def test_where_nobody_answers_nothing_is_done(tmp_path):
     assert len(status_of(tmp_path)[0]["pids"]) == 1
 
 
+@pytest.fixture
+def tracker(tmp_path):
+    """The pid of what a killed run had started in a session of its own."""
+    run = run_python(
+        tmp_path,
+        """
+        import os, subprocess, sys, time
+        from orchard_infra import managed_environment
+        with managed_environment("digits"):
+            sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+            print("tracker", subprocess.Popen(sleep, start_new_session=True).pid, flush=True)
+            if os.fork() == 0:
+                time.sleep(600)
+            input()
+        """,
+    )
+    pid = int(run.wait_for("tracker").split()[1])
+    run.kill()
+    run.wait()
+    return pid
+
+
+def test_a_detached_survivor_is_stopped_only_on_request(tmp_path, tracker):
+    said = clean(tmp_path, "--yes").output
+    assert verdict_on(tracker, said)[0] == "keep"
+    assert "Detached processes of dead runs" in said
+    assert "stopped 1 process" in said  # the fork
+    assert is_running(tracker)
+    (row,) = status_of(tmp_path)  # the record is the evidence against it
+    assert [one["kind"] for one in row["survivors"]] == ["detached"]
+    assert "with --detached" in clean(tmp_path, "--yes").output
+    said = clean(tmp_path, "--yes", "--detached").output
+    assert verdict_on(tracker, said)[0] == "stop"
+    wait_gone([tracker])
+    assert status_of(tmp_path) == []
+
+
+def test_detached_survivors_have_a_question_of_their_own(tmp_path, tracker):
+    said = clean(tmp_path, answer="y\nn").output
+    assert "Stop also 1 detached process" in said
+    assert "stopped 1 process" in said
+    assert is_running(tracker)
+    assert "Nothing was done." in clean(tmp_path, answer="n", expect=1).output
+    said = clean(tmp_path, answer="y").output
+    assert "Stop 1 detached process" in said
+    assert "removed 1 record" in said
+    wait_gone([tracker])
+
+
+def test_the_workers_of_a_forkserver_are_named_and_stopped(tmp_path, runtime_directory):
+    run = run_python(
+        tmp_path,
+        """
+        import multiprocessing, time
+        from orchard_infra import managed_environment
+        if __name__ == "__main__":
+            context = multiprocessing.get_context("forkserver")
+            context.Process(target=print).start()  # the server is there before the block
+            with managed_environment("digits"):
+                workers = [context.Process(target=time.sleep, args=(600,)) for _ in range(2)]
+                for worker in workers:
+                    worker.start()
+                print("workers", *(worker.pid for worker in workers), flush=True)
+                time.sleep(600)
+        """,
+    )
+    workers = [int(pid) for pid in run.wait_for("workers").split()[1:]]
+    (row,) = status_of(tmp_path)
+    assert set(workers) < set(row["pids"])
+    wait_until(lambda: are_written_down(runtime_directory, workers))
+    run.kill()
+    run.wait()
+    said = clean(tmp_path, "--yes").output
+    for worker in workers:
+        assert verdict_on(worker, said)[0] == "stop"
+    wait_gone(workers)
+    assert status_of(tmp_path) == []
+
+
+def are_written_down(directory: Path, pids: list[int]) -> bool:
+    written = "".join(path.read_text() for path in (directory / "runs").glob("*.members"))
+    return all(f"\n{pid} " in f"\n{written}" for pid in pids)
+
+
 def test_a_survivor_that_ignores_sigterm_is_killed(tmp_path):
     run = run_python(
         tmp_path,
@@ -184,7 +275,7 @@ def test_a_twin_of_a_live_run_is_stopped_and_the_run_goes_on(tmp_path):
     verdict, evidence = verdict_on(twin.pid, said)
     assert verdict == "stop"
     assert "twin of digits" in evidence
-    assert "same program, arguments, directory and devices" in evidence
+    assert "same program, arguments, directory and environment" in evidence
     assert twin.finish() == -signal.SIGTERM
     assert is_running(run.pid)
 
@@ -197,7 +288,7 @@ def test_a_twin_of_a_dead_run_that_is_older_than_it_is_stopped(tmp_path):
     let_them_age(tmp_path)
     verdict, evidence = verdict_on(twin.pid, clean(tmp_path, "--yes").output)
     assert verdict == "stop"
-    assert "same program, arguments and directory, and older than the dead run" in evidence
+    assert "same program, arguments, directory and environment" in evidence
     assert twin.finish() == -signal.SIGTERM
 
 
@@ -205,25 +296,17 @@ def test_a_twin_of_a_dead_run_that_is_older_than_it_is_stopped(tmp_path):
 def test_what_only_looks_like_a_twin_is_kept_and_told_why(tmp_path, alive):
     (tmp_path / "elsewhere").mkdir()
     other_arguments = ghost(tmp_path, "--lr", "4")
-    other_devices = ghost(tmp_path, "--lr", "3", CUDA_VISIBLE_DEVICES="1")
-    elsewhere = run_python(
-        tmp_path,
-        SCRIPT,
-        *("--lr", "3"),
-        name="train.py",
-        cwd=tmp_path / "elsewhere",
-        env={"GHOST": "1"},
-    )
-    elsewhere.wait_for("ready")
+    other_seed = ghost(tmp_path, "--lr", "3", SEED="2")
+    elsewhere = ghost(tmp_path, "--lr", "3", cwd=tmp_path / "elsewhere")
     run = script(tmp_path, "--lr", "3")
-    younger = script(tmp_path, "--lr", "3", GHOST="1")
+    younger = ghost(tmp_path, "--lr", "3")
     if not alive:
         run.kill()
         run.wait()
     said = clean(tmp_path, "--yes").output
     for process, reason in (
         (other_arguments, "relative of digits (pid %d): other arguments"),
-        (other_devices, "relative of digits (pid %d): other visible devices"),
+        (other_seed, "relative of digits (pid %d): other environment" + " (SEED)" * alive),
         (elsewhere, "relative of digits (pid %d): other working directory"),
         (younger, "look-alike of digits (pid %d): started after this run"),
     ):
@@ -236,13 +319,16 @@ def test_what_only_looks_like_a_twin_is_kept_and_told_why(tmp_path, alive):
 def test_a_look_alike_that_may_still_register_is_kept(tmp_path, runtime_directory):
     young = ghost(tmp_path)
     # This run needed twenty seconds to register. So may others that were started like it.
+    run_id = "0123456789abcdef"
     plant(
         runtime_directory,
+        run_id=run_id,
         project="digits",
         argv=[sys.executable, str(tmp_path / "train.py")],
         cwd=str(tmp_path),
         create_time=time.clock_gettime(time.CLOCK_BOOTTIME),
         started_at=time.time() + 20,
+        environment=environment_digest(psutil.Process(young.pid).environ(), run_id),
     )
     verdict, evidence = verdict_on(young.pid, clean(tmp_path, "--yes").output)
     assert verdict == "keep"
@@ -253,9 +339,8 @@ def test_a_look_alike_that_may_still_register_is_kept(tmp_path, runtime_director
 def test_nobody_is_the_twin_of_a_dead_run_with_a_relative_script(tmp_path, runtime_directory):
     # It may have changed its directory since it was started: then train.py was another file.
     (tmp_path / "train.py").write_text(textwrap.dedent(SCRIPT))
-    look_alike = run_command(
-        tmp_path, [sys.executable, "train.py"], env={"GHOST": "1", "PWD": str(tmp_path)}
-    )
+    (tmp_path / "role").write_text("ghost")
+    look_alike = run_command(tmp_path, [sys.executable, "train.py"], env={"PWD": str(tmp_path)})
     look_alike.wait_for("ready")
     started = time.clock_gettime(time.CLOCK_BOOTTIME)
     plant(
@@ -302,7 +387,7 @@ def test_the_processes_of_a_restarted_run_are_kept(tmp_path):
 
 
 def test_who_goes_on_after_its_run_is_no_twin_of_the_next(tmp_path):
-    writing = script(tmp_path, LEAVE="1")
+    writing = script(tmp_path, role="after its block")
     script(tmp_path)
     let_them_age(tmp_path)
     verdict, evidence = verdict_on(writing.pid, clean(tmp_path, "--yes").output)
@@ -315,7 +400,8 @@ def test_a_leader_that_nobody_reaps_is_told_with_its_parent(tmp_path):
     run = train(tmp_path, "digits")
     run.kill()
     os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)
-    verdict, evidence = verdict_on(run.pid, clean(tmp_path, "--dry-run").output)
+    # Wide: the command line of the test runner is a part of it.
+    verdict, evidence = verdict_on(run.pid, clean(tmp_path, "--dry-run", COLUMNS="900").output)
     assert verdict == "keep"
     assert f"leader of digits (pid {run.pid}): dead, to be reaped by pid {os.getpid()}" in evidence
 

@@ -126,7 +126,64 @@ def test_the_command_behind_the_wrapper_is_what_is_shown(tmp_path):
         tmp_path, [COMMAND, "run", "-p", "digits", "--", "sh", "-c", "echo ready; sleep 600"]
     )
     wrapped.wait_for("ready")
-    assert "orchard-infra run -p digits -- sh -c" in table(tmp_path, 200)[1]
+    (row,) = status_of(tmp_path)
+    assert row["argv"] == ["sh", "-c", "echo ready; sleep 600"]
+    assert "sh -c echo ready" in table(tmp_path, 200)[1]
+
+
+def test_the_record_of_an_older_version_is_shown_as_it_is(tmp_path, runtime_directory):
+    argv = ["/usr/bin/python3", "/usr/bin/orchard-infra", "run", "-p", "digits", "--", "make"]
+    plant(runtime_directory, argv=argv)
+    assert status_of(tmp_path)[0]["argv"] == argv
+    assert "python3 /usr/bin/orchard-infra run -p digits -- make" in table(tmp_path, 200)[1]
+
+
+def test_a_run_that_has_ended_is_shown_for_as_long_as_its_children_live(tmp_path):
+    program = run_python(
+        tmp_path,
+        """
+        import os, sys, time
+        from orchard_infra import managed_environment
+        with managed_environment("digits"):
+            for _ in range(2):
+                if os.fork() == 0:
+                    time.sleep(600)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        """,
+    )
+    program.wait_for("ready")
+    (row,) = status_of(tmp_path)
+    assert row["state"] == "ended"
+    assert row["pid"] == program.pid
+    assert len(row["pids"]) == 2
+    assert row["survivors"] == []
+    shown = "\n".join(table(tmp_path, 200))
+    assert "ended" in shown
+    assert "its program goes on, with 2 processes that the run started" in shown
+    program.kill()
+    program.wait()
+    (row,) = status_of(tmp_path)
+    assert row["state"] == "survivors"
+    assert {one["kind"] for one in row["survivors"]} <= {"worker", "detached"}
+
+
+def test_a_changed_host_name_changes_nothing(tmp_path, require_tool):
+    prefix = (require_tool("unshare"), "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh")
+    if run_command(tmp_path, [*prefix, "true"]).finish() != 0:
+        pytest.skip("needs a real root")
+    run = train(tmp_path, "digits", FORK="1")
+    script = orchard_infra(tmp_path, "status", "--json", prefix=prefix)
+    (row,) = json.loads(script.output)["runs"]
+    assert (row["state"], row["is_local"]) == ("running", True)
+    assert len(row["pids"]) == 2
+    stopped = orchard_infra(tmp_path, "stop", "digits", prefix=prefix)
+    assert "stopped after" in stopped.output
+    assert run.finish() == 128 + signal.SIGTERM
+    killed(tmp_path, "digits", FORK="1")
+    cleaned = orchard_infra(tmp_path, "clean", "--yes", prefix=prefix)
+    assert "stopped 1 process" in cleaned.output
+    assert status_of(tmp_path) == []
 
 
 @pytest.mark.parametrize("columns", [80, 200])
@@ -225,7 +282,7 @@ def test_only_the_runs_of_a_project(tmp_path):
 def test_the_json_is_what_the_documentation_says(tmp_path, runtime_directory):
     train(tmp_path, "digits", FORK="1", RANK="0", WORLD_SIZE="2")
     killed(tmp_path, "letters", FORK="1")
-    plant(runtime_directory, project=HOSTILE, host="elsewhere")
+    plant(runtime_directory, project=HOSTILE, pid_namespace=1)
     script = orchard_infra(tmp_path, "status", "--json")
     assert all(letter == "\n" or letter.isprintable() for letter in script.output)
     found = json.loads(script.output)
@@ -235,7 +292,7 @@ def test_the_json_is_what_the_documentation_says(tmp_path, runtime_directory):
     survivors = []
     for run in found["runs"]:
         assert_documented(run, "#### Each of runs")
-        assert run["state"] in ("running", "waiting", "survivors", "dead")
+        assert run["state"] in ("running", "waiting", "ended", "survivors", "dead")
         survivors += run["survivors"]
     assert survivors
     for survivor in survivors:

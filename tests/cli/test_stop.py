@@ -260,6 +260,49 @@ def test_a_daemon_that_opted_out_is_left_alone(tmp_path):
     assert is_running(daemon)
 
 
+def test_a_run_that_has_ended_is_not_stopped_with_its_program(tmp_path):
+    program = run_python(
+        tmp_path,
+        """
+        import multiprocessing
+        from orchard_infra import managed_environment
+        if __name__ == "__main__":
+            with managed_environment("digits"):
+                pool = multiprocessing.get_context("fork").Pool(1)
+            print("ready", flush=True)
+            input()
+        """,
+    )
+    program.wait_for("ready")
+    for word in ("digits", str(program.pid)):
+        script = stop(tmp_path, word, expect=1)
+        assert "has ended, and its program goes on" in script.output
+        assert f"kill {program.pid}" in script.output
+    assert is_running(program.pid)
+    assert len(status_of(tmp_path)[0]["pids"]) == 1
+
+
+def test_earlier_runs_of_a_program_end_with_it(tmp_path):
+    program = run_python(
+        tmp_path,
+        """
+        import multiprocessing, time
+        from orchard_infra import managed_environment
+        if __name__ == "__main__":
+            with managed_environment("digits"):
+                pool = multiprocessing.get_context("fork").Pool(1)
+            with managed_environment("digits"):
+                print("ready", flush=True)
+                time.sleep(600)
+        """,
+    )
+    program.wait_for("ready")
+    pids = {pid for row in status_of(tmp_path) for pid in row["pids"]}
+    stop(tmp_path, "digits")
+    wait_gone(pids)
+    assert status_of(tmp_path) == []
+
+
 def test_there_is_no_such_run(tmp_path):
     train(tmp_path, "digits")
     script = stop(tmp_path, "letters", expect=3)
@@ -302,7 +345,7 @@ def test_a_run_elsewhere_can_only_be_stopped_there(tmp_path, runtime_directory):
         print("ready", flush=True)
         sys.stdin.read()
         """,
-        str(plant(runtime_directory, project="digits", host="elsewhere", pid=os.getpid())),
+        str(plant(runtime_directory, project="digits", pid_namespace=1, pid=os.getpid())),
     )
     stranger.wait_for("ready")
     script = stop(tmp_path, "digits", expect=1)

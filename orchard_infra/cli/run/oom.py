@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class OomCounter:
     """Counts OOM kills in our memory cgroup, from now on.
 

@@ -15,9 +15,7 @@ from typing import Any
 
 import attrs
 
-from orchard_infra.artifacts.sweeping import SweepOnly
 from orchard_infra.cli.run.interrupts import Interrupted, interruptible
-from orchard_infra.cli.run.reaper import Reaper
 from orchard_infra.cli.run.supervisor import Supervisor
 from orchard_infra.cli.run.waiting import WaitingHandler
 from orchard_infra.config import Settings
@@ -28,6 +26,7 @@ from orchard_infra.locks.file import FileLock
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor
 from orchard_infra.session import Session
 from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import duration, printable
 
 CANNOT_SET_UP = 125
@@ -117,7 +116,7 @@ class ProtectedCommand:
             logger=logger,
             sanitizer=_Sanitizer(self.grace),
             locker=FileLock(),
-            cleaner=SweepOnly(),
+            cleaner=_Sweeper(),
             timeout=self.timeout,
             command=self.command,
         )
@@ -148,11 +147,21 @@ class ProtectedCommand:
         self._conclude("ended" if ending.signal is None else "signaled", message)
         if ending.signal is not None:
             self.report["signal"] = _signal_name(ending.signal)
-        bystanders = _Bystanders(session.env)
-        reaper = Reaper(supervisor, tell, self.grace, self.stop_grace, bystanders.describe)
-        leftovers = reaper.survey() if self.keep_background else reaper.clear()
-        self.report["leftovers"] = [attrs.asdict(leftover) for leftover in leftovers]
+        left = supervisor.settle()
+        if left:
+            self._clear(left, supervisor, session.env)
+        supervisor.give_terminal_back()
         return ending.status
+
+    def _clear(
+        self, left: Sequence[ProcessIdentity], supervisor: Supervisor, env: Environment
+    ) -> None:
+        from orchard_infra.cli.run.reaper import Reaper
+
+        bystanders = _Bystanders(env)
+        reaper = Reaper(supervisor, tell, self.grace, self.stop_grace, bystanders.describe)
+        leftovers = reaper.survey(left) if self.keep_background else reaper.clear(left)
+        self.report["leftovers"] = [attrs.asdict(leftover) for leftover in leftovers]
 
     def _conclude(self, outcome: str, message: str | None) -> None:
         self.report["outcome"] = outcome
@@ -217,6 +226,18 @@ class _Sanitizer:
         if "python" in os.path.basename(env.command[0]):  # only such commands have twins
             return True
         return any(not run.is_live for run in env.registry.runs(without=env.run.run_id))
+
+
+@attrs.frozen
+class _Sweeper:
+    """`SweepOnly`, loaded where dead runs may have left something."""
+
+    def around(self, env: Environment) -> AbstractContextManager[object]:
+        if not env.dead_runs:
+            return contextlib.nullcontext()
+        from orchard_infra.artifacts.sweeping import SweepOnly
+
+        return SweepOnly().around(env)
 
 
 @attrs.define

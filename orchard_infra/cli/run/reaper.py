@@ -30,7 +30,6 @@ from orchard_infra.system.processes import ProcessIdentity
 if TYPE_CHECKING:
     from orchard_infra.system.killing import StopOutcome
 
-_LEAVES_BY_ITSELF = 0.25  # seconds: pools and helpers mostly end with their program
 _LATECOMERS_GRACE = 1.0  # seconds, at the least
 _ROUNDS = 4  # a process that ends may just have started another one
 _POLL = (0.02, 1.0)  # seconds between two looks, the first and the longest
@@ -69,22 +68,13 @@ class Reaper:
     _began: float = attrs.field(factory=time.monotonic, init=False)
     _hurried: bool = attrs.field(default=False, init=False)
 
-    def clear(self) -> list[Leftover]:
-        """Stop what outlived the command, and give the terminal back."""
-        left = self._settle()
-        self.supervisor.finish_listening()
-        found = self._clear(left) if left else []
-        self.supervisor.give_terminal_back()
-        return found
-
-    def survey(self) -> list[Leftover]:
+    def survey(self, left: Sequence[ProcessIdentity]) -> list[Leftover]:
         """What outlived the command, when that is to be left alone."""
-        self.supervisor.finish_listening()
-        self.supervisor.give_terminal_back()
-        self._note_commands(self.supervisor.below())
-        return [Leftover(i.pid, self._commands[i], "left", "asked to") for i in self._commands]
+        self._note_commands(left)
+        return [Leftover(i.pid, self._commands[i], "left", "asked to") for i in left]
 
-    def _clear(self, left: list[ProcessIdentity]) -> list[Leftover]:
+    def clear(self, left: Sequence[ProcessIdentity]) -> list[Leftover]:
+        """Stop what outlived the command."""
         self._note_commands(left)
         spared = {i: reason for i in left if (reason := self.reason_to_spare(i.pid))}
         found = [Leftover(i.pid, self._commands[i], "left", why) for i, why in spared.items()]
@@ -101,22 +91,6 @@ class Reaper:
         for leftover in found:
             self._tell_fate(leftover)
         return found
-
-    def _settle(self) -> list[ProcessIdentity]:
-        """Who is still there after a moment."""
-        deadline = time.monotonic() + _LEAVES_BY_ITSELF
-        while not self.supervisor.reap():
-            left = self.supervisor.below()
-            rest = deadline - time.monotonic()
-            # One that was forked by a child that ended during the look was not seen by it. Those
-            # from before an exec are there to stay.
-            if rest <= 0 or (not left and self.supervisor.before):
-                return left
-            # A grandchild's end does not show here, its parent's does.
-            info = self.supervisor.wait_for_child(min(rest, _POLL[0]))
-            if info is not None:
-                self.supervisor.take_late_signal(info)
-        return []
 
     # After a stop signal.
 

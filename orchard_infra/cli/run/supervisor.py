@@ -48,6 +48,7 @@ _STOP_SIGNALS = frozenset(END_SIGNALS) - {signal.SIGQUIT}
 _PR_SET_CHILD_SUBREAPER = 36
 
 _WITNESS_AFTER = 0.05  # seconds: not for a command that has ended by then
+_LEAVES_BY_ITSELF = 0.25  # seconds
 _HINT_AFTER = 3.0  # seconds after a Ctrl-C
 _AGAIN_AFTER = 5.0  # seconds: before that, the same request comes from somebody else as well
 _HIGH = 100  # the first descriptor that no script uses by number
@@ -65,7 +66,7 @@ class Ending:
     oom: str | None
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)  # each method that is made costs the start
 class Supervisor:
     """Runs one command. ``tell`` is for lines to the user.
 
@@ -167,6 +168,28 @@ class Supervisor:
 
     # After the command.
 
+    def settle(self) -> list[ProcessIdentity]:
+        """What is below us a moment after the command has ended: pools and helpers mostly end with
+        their program. Signals are listened to until then.
+        """
+        deadline = time.monotonic() + _LEAVES_BY_ITSELF
+        left: list[ProcessIdentity] = []
+        while not self.reap():
+            left = self.below()
+            rest = deadline - time.monotonic()
+            # One that was forked by a child that ended during the look was not seen by it. Those
+            # from before an exec are there to stay.
+            if rest <= 0 or (not left and self.before):
+                break
+            # A grandchild's end does not show here, its parent's does.
+            info = self.wait_for_child(min(rest, 0.02))
+            if info is not None:
+                self._take_late_signal(info)
+        else:
+            left = []
+        self._finish_listening()
+        return left
+
     def wait_for_child(self, seconds: float) -> struct_siginfo | None:
         """Wait until a child ends, at most so long. Returns a signal that asks us to end, if one
         comes instead.
@@ -175,7 +198,7 @@ class Supervisor:
         info = signal.sigtimedwait(awaited, max(0.0, seconds))
         return None if info is None or info.si_signo == signal.SIGCHLD else info
 
-    def take_late_signal(self, info: struct_siginfo) -> None:
+    def _take_late_signal(self, info: struct_siginfo) -> None:
         """Note a signal that came after the command had ended. A sender that signals every process
         of a job, one after the other, may come to us last.
         """
@@ -210,7 +233,7 @@ class Supervisor:
             return False
         return not self._seen_by_group.issubset(_ignored_by(pid))
 
-    def finish_listening(self) -> None:
+    def _finish_listening(self) -> None:
         """End the witness, and drop signals that were for the command."""
         if self._witness is not None:
             self._witness.dismiss()
@@ -345,15 +368,18 @@ def _is_for_group(info: struct_siginfo) -> bool:
 
 
 def _ignored_by(pid: int) -> set[int]:
+    """Which of the signals that ask to stop a process ignores. One that it blocks is kept."""
+    masks = {b"SigIgn": 0, b"SigBlk": 0}
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
             for line in status:
-                if line.startswith(b"SigIgn:"):
-                    mask = int(line.split()[1], 16)
-                    return {signum for signum in END_SIGNALS if mask >> (signum - 1) & 1}
+                name, _, mask = line.partition(b":")
+                if name in masks:
+                    masks[name] = int(mask, 16)
     except OSError:
         pass
-    return set()
+    ignored = masks[b"SigIgn"] & ~masks[b"SigBlk"]
+    return {signum for signum in END_SIGNALS if ignored >> (signum - 1) & 1}
 
 
 def _sees_itself() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Terminal:
     """The controlling terminal, and how it was when the command got it."""
 

@@ -11,7 +11,7 @@ import attrs
 _SENT_TO_ALL_WITHIN = 0.05  # seconds
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Witness:
     """A process of our group that only shows whether a signal came to the whole group.
 
