@@ -83,7 +83,8 @@ class Exits:
 
     def _carry_out(self, name: str, step: Callable[[], object]) -> bool:
         try:
-            step()
+            with uninterrupted():  # again, if an exception out of the step before has ended that
+                step()
             return True
         except BaseException as failure:  # also a Ctrl-C: the other steps come first
             if failure is not self.error:

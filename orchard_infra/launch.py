@@ -8,6 +8,7 @@ ours alone. So in doubt a process is a follower, and nothing is killed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sys
@@ -320,11 +321,26 @@ def this_launch() -> Launch:
     Raises:
         ConfigurationError: See `Launch.from_environ`.
     """
+    if _telling_variables().isdisjoint(os.environ):
+        return Launch()
     environ = dict(os.environ)  # which encodes and decodes at every look
     launch = Launch.from_environ(environ)
     if launch.launcher is None:
         return launch
     return Launch.from_environ(environ, started_by=_launcher_process(launch))
+
+
+@functools.cache
+def _telling_variables() -> frozenset[str]:
+    """Without any of these an environment tells nothing: mostly one look at its names is enough."""
+    return frozenset(
+        (
+            *(variable for scheduler in _SCHEDULERS for variable in scheduler.variables),
+            *(ranks.rank for ranks in _RANKS),
+            *("LOCAL_RANK", "NODE_RANK"),
+            *_RESTARTS,
+        )
+    )
 
 
 def scheduler_job(environ: Mapping[str, str]) -> str | None:

@@ -39,7 +39,7 @@ from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
 from orchard_infra.system import background, processes, reserve
 from orchard_infra.system.background import Task
 from orchard_infra.system.exported import export
-from orchard_infra.system.masking import child_signals_deferred, uninterrupted
+from orchard_infra.system.masking import child_signals_deferred, interruptible, uninterrupted
 
 _CALLBACKS = 30.0  # seconds that the release waits for callbacks of `on_stop`
 _TEND = 5.0  # seconds, at most, between two looks at the run's files and processes
@@ -88,7 +88,7 @@ class Session:
         began = time.perf_counter()
         steps = self._enter()
         try:
-            for pause in steps:
+            while (pause := _go_on(steps)) is not None:
                 pause.wait()
             return self._ready(began)
         except BaseException as error:
@@ -100,7 +100,7 @@ class Session:
         began = time.perf_counter()
         steps = self._enter()
         try:
-            for pause in steps:
+            while (pause := _go_on(steps)) is not None:
                 await pause.wait_async()
             return self._ready(began)
         except BaseException as error:
@@ -352,6 +352,10 @@ class Session:
         return run.record
 
     def _clear_dead(self, dead: RunRecord) -> Sequence[Survivor]:
+        with interruptible():  # it may take the whole grace period
+            return self._stop_or_name_survivors(dead)
+
+    def _stop_or_name_survivors(self, dead: RunRecord) -> Sequence[Survivor]:
         clear = getattr(self.sanitizer, "clear_dead", None)
         if clear is not None:
             found: Sequence[Survivor] = clear(dead, self.env)
@@ -438,6 +442,12 @@ class Session:
             "; ".join(parts) or "nothing was held",
             extra={"run": env.run, "lock_path": str(env.lock_path)},
         )
+
+
+def _go_on(steps: Generator[Pause, None, None]) -> Pause | None:
+    """Take all steps up to the next pause, uninterrupted; what takes long lets signals in."""
+    with uninterrupted():
+        return next(steps, None)
 
 
 def open_sessions() -> tuple[Session, ...]:

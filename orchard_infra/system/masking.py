@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 
 # Signals whose handlers raise in some program or other. Python makes an enum of each one that it
@@ -25,8 +26,22 @@ def keep_away(signums: Iterable[int]) -> None:
     _signals |= frozenset(map(int, signums))
 
 
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+class _Nested:
+    """Within another `uninterrupted` the signals are blocked already."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+_nested = _Nested()
+
+
+def uninterrupted() -> AbstractContextManager[None]:
     """Signals that arrive inside the block are delivered when it ends.
 
     An exception from a signal handler, such as a Ctrl-C, may come between any two lines: after a
@@ -38,8 +53,13 @@ def uninterrupted() -> Iterator[None]:
     the main thread, inside the block.
     """
     if sys.platform == "win32" or getattr(_outer, "mask", None) is not None:
-        yield  # within another one the signals are blocked already
-        return
+        return _nested
+    return _masked()
+
+
+# A generator: one that an exception leaves suspended is closed, and puts the mask back.
+@contextlib.contextmanager
+def _masked() -> Iterator[None]:
     before = None
     try:
         # Read first: a Ctrl-C between the block and the assignment would leave signals blocked.
