@@ -603,7 +603,7 @@ def test_a_record_of_the_version_before_is_read_and_one_of_a_later_one_too(regis
     fields = json.loads(path.read_bytes())
     assert {"session", "environment"} <= fields.keys()
     former = {name: fields[name] for name in fields if name not in ("session", "environment")}
-    later = {**fields, "job": {"id": 7}, "future": [1]}
+    later = {**fields, "of_a_later_version": {"id": 7}}
     for written in (former, later):
         (registry.directory / "other.run").write_text(json.dumps({**written, "run_id": "other"}))
         found = registry.find("other")
