@@ -55,6 +55,8 @@ records = st.builds(
     parent=st.none() | os_text,
     session=st.none() | whole,
     environment=st.none() | st.text("0123456789abcdef", min_size=32, max_size=32),
+    job=st.none() | os_text,
+    restart=st.none() | whole,
 )
 states = st.none() | st.sampled_from(RunState)
 
