@@ -418,14 +418,26 @@ def test_a_prepare_and_a_release_are_told_once_each(caplog):
     assert f"lock {env.lock_path} released" in told[1]
 
 
-def test_a_follower_says_that_it_took_no_lock_and_why(caplog, monkeypatch):
-    caplog.set_level(logging.INFO, "Infrastructure")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with managed_environment("digits"):
-        pass
-    assert "no lock: " in caplog.text
-    assert "RANK=1" in caplog.text
+def test_a_follower_says_that_it_took_no_lock_and_why(tmp_path):
+    source = """
+        import logging
+        from orchard_infra import managed_environment
+        logging.basicConfig(level=logging.INFO)
+        with managed_environment("digits"):
+            print("in", flush=True)
+            input()
+        """
+    ranks = [
+        run_python(tmp_path, source, env={"RANK": rank, "WORLD_SIZE": "2"}) for rank in ("0", "1")
+    ]
+    for run in ranks:
+        run.wait_for("in")
+    for run in reversed(ranks):
+        run.tell()
+        assert run.finish() == 0, run.transcript()
+    assert "no lock: " in ranks[1].error_output
+    assert "RANK=1" in ranks[1].error_output
+    assert "acquired" in ranks[0].error_output
 
 
 def test_a_refusal_is_in_the_log_before_it_is_raised(caplog):
