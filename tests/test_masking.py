@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -103,7 +102,7 @@ def test_a_signal_inside_is_delivered_at_the_end():
     seen = []
     with pytest.raises(Interrupted):  # noqa: PT012 - at the end
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
             seen.append("the rest of the block")
         seen.append("unreachable")
     assert seen == ["the rest of the block"]
@@ -114,7 +113,7 @@ def test_within_another_one_nothing_is_delivered_yet():
     seen = []
     with suppress(Interrupted), uninterrupted():
         with uninterrupted():
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
         seen.append("the outer one goes on")
     assert seen == ["the outer one goes on"]
 
@@ -125,9 +124,9 @@ def test_a_part_of_it_may_be_interrupted():
         with uninterrupted(), pytest.raises(Interrupted), interruptible():  # noqa: PT012
             with uninterrupted():
                 pass
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR1)
             raise AssertionError("unreachable")
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
         assert signal.sigpending() == {signal.SIGUSR1}
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
@@ -135,7 +134,7 @@ def test_a_part_of_it_may_be_interrupted():
 def test_a_signal_that_has_waited_is_raised_on_the_way_into_such_a_part():
     handle(signal.SIGUSR1)
     with uninterrupted():
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
         with pytest.raises(Interrupted), interruptible():
             raise AssertionError("unreachable")
         assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, ())
