@@ -52,13 +52,14 @@ from orchard_infra.runs.registry import RegisteredRun, RunRegistry
 from orchard_infra.sanitizing import exiting
 from orchard_infra.sanitizing.helpers import is_forkserver, is_tracker
 from orchard_infra.sanitizing.leftovers import Block
-from orchard_infra.sanitizing.twins import Look, Scan
+from orchard_infra.sanitizing.twins import Look, Progress, Scan
 from orchard_infra.system import processes
 from orchard_infra.system.killing import stop_processes
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.processes import ProcessIdentity
 
 _FEW = 20
+_PATIENT = 10.0  # seconds, at most, that a young process has to register
 _LOOKS = 5  # at what processes have started while others were stopped
 _TRACKERS = 1.0  # seconds that resource trackers have to clean up and end
 _LEFT_WELL = "its run ended well, and the program goes on"
@@ -352,7 +353,8 @@ class GhostSanitizer:
         if env.reason_not_to_kill is not None or self.dry_run or not guilty:
             return guilty, []
         began = time.monotonic()
-        settled = min(max(2.0, 2 * _age(env.run.leader)), 10.0)
+        settled = min(max(2.0, 2 * _age(env.run.leader)), _PATIENT)
+        progress = Progress(2 * time.process_time())
         cleared: dict[int, Finding] = {}
         while True:
             members = Membership(env.registry.runs())
@@ -366,8 +368,13 @@ class GhostSanitizer:
                     continue
                 cleared[finding.pid] = attrs.evolve(finding, evidence="look-alike", reason=reason)
             left = [f for f in guilty if f.pid not in cleared and processes.is_alive(f.identity)]
-            young = [f for f in left if _age(f.identity) < settled]
-            if not young or time.monotonic() - began > settled:
+            young = [
+                f
+                for f in left
+                if (age := _age(f.identity)) < settled
+                or (age < _PATIENT and progress.is_on_its_way(f.identity))
+            ]
+            if not young or time.monotonic() - began > _PATIENT:
                 return left, list(cleared.values())
             time.sleep(0.05)
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import attrs
+import psutil
 
 from orchard_infra.runs.environ import comparable, environment_digest
 from orchard_infra.runs.membership import is_ours
 from orchard_infra.runs.record import RunRecord
 from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, resolve
 from orchard_infra.system import processes
+from orchard_infra.system.processes import ProcessIdentity
 
 _NAMED = 3  # variables in a message
+_IDLE = 1.0  # seconds without progress, from which on a process waits for something else
 
 
 @attrs.frozen
@@ -204,3 +208,38 @@ class Scan:
             except (OSError, ValueError):
                 self._files[path] = None
         return self._files[path]
+
+
+@attrs.define
+class Progress:
+    """Whether a young process may still be on its way to where it registers.
+
+    Its age alone does not tell: on a busy machine one of two runs that started together may get
+    little of the processor. ``needed`` is the processor time, in seconds, that is certainly enough
+    to come there. A process that has had less, and that moves, may not be there yet.
+    """
+
+    needed: float
+    _seen: dict[ProcessIdentity, tuple[float, float]] = attrs.field(factory=dict, init=False)
+
+    def is_on_its_way(self, identity: ProcessIdentity) -> bool:
+        used = _processor_time(identity.pid)
+        if used is None or used >= self.needed:
+            return False
+        now = time.monotonic()
+        before, moved_at = self._seen.get(identity, (-1.0, now))
+        stat = processes.read_stat(identity.pid)
+        # R and D: it would go on if it had the processor, or the disk.
+        if used > before or (stat is not None and stat.state in "RD"):
+            moved_at = now
+        self._seen[identity] = used, moved_at
+        return now - moved_at < _IDLE
+
+
+def _processor_time(pid: int) -> float | None:
+    """The processor time that a process has used, in seconds; None when it is gone."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except (psutil.Error, OSError):
+        return None
+    return float(times.user + times.system)

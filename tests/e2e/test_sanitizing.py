@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ TRAIN = """
         print("ready", flush=True)
         while True:
             signal.pause()
+
+    # It gets a thirtieth of a processor, as on a machine that is overloaded.
+    until = time.monotonic() + plan.get("starved", 0)
+    while time.monotonic() < until:
+        burnt = time.process_time() + 0.005
+        while time.process_time() < burnt:
+            pass
+        time.sleep(0.15)
 
     from orchard_infra import (
         EnvironmentConfig,
@@ -96,6 +105,29 @@ def test_a_twin_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
     report = report_of(train(tmp_path, sanitizer={"grace": 0.2}))
     assert str(twin.pid) in report["killed"]
     assert twin.finish() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_gives_a_ghost_its_grace_period(tmp_path, signum):
+    """Entering an environment holds signals back for an instant, and not for a grace period."""
+    twin = ghost(tmp_path, stubborn=True)
+    run = train(tmp_path, sanitizer={"grace": 300})
+    wait_until(lambda: has_the_lock(run))
+    time.sleep(2.5)  # a young twin is given two seconds to register first
+    run.send_signal(signum)
+    run.finish(30)
+    assert "report" not in run.output
+    assert is_running(twin.pid)
+    after = train(tmp_path, sanitizer={"grace": 0.2})
+    assert str(twin.pid) in report_of(after)["killed"]
+
+
+def has_the_lock(run: Script) -> bool:
+    """Whether it has the lock, and so looks for ghosts."""
+    return any(
+        f'"pid": {run.pid},' in path.read_text()
+        for path in Path(os.environ["ORCHARD_INFRA_DIR"]).glob("locks/*.lock")
+    )
 
 
 def test_a_twin_is_reported_and_spared_unless_killing_is_allowed(tmp_path):
@@ -297,13 +329,29 @@ def test_a_run_that_has_left_its_block_and_goes_on_is_no_ghost(tmp_path, runtime
     assert "results written" in first.output
 
 
+def test_a_run_that_starts_slowly_on_a_busy_machine_is_not_stopped_by_one_that_started_with_it(
+    tmp_path,
+):
+    slow = train(tmp_path, starved=5.0)
+    fast = train(tmp_path, stay=True)
+    report_of(fast)
+    wait_until(lambda: said_how_it_went(slow) or slow.poll() is not None)
+    assert slow.finish() == 75, f"{slow.returncode}: {slow.transcript()}"  # it found the lock taken
+    assert is_running(fast.pid)
+
+
+def said_how_it_went(run: Script) -> bool:
+    return "report" in run.output or "locked" in run.output
+
+
 def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"stay": True}))
     for _ in range(3):
         runs = [run_python(tmp_path, TRAIN, name="train.py") for _ in range(3)]
-        wait_until(
-            lambda runs=runs: all("report" in r.output or "locked" in r.output for r in runs)
-        )
+        for run in runs:
+            # Also when it was stopped by another one: then it ended without a word.
+            wait_until(lambda run=run: said_how_it_went(run) or run.poll() is not None)
+            assert said_how_it_went(run), f"{run.returncode}: {run.transcript()}"
         holders = [run for run in runs if "report" in run.output]
         assert len(holders) == 1
         for run in runs:
