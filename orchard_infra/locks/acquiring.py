@@ -148,21 +148,23 @@ def acquire(
     """Take a lock in this thread, and wait for it as long as the lock itself says."""
     if logger is None:
         logger = logging.getLogger("Infrastructure")
-    lease: Lease | None = None
-    steps = acquiring(lock, key, record, timeout=lock.timeout, clear_dead=clear_dead, logger=logger)
+    taken: list[Lease] = []
+    steps = acquiring(
+        lock,
+        key,
+        record,
+        timeout=lock.timeout,
+        clear_dead=clear_dead,
+        logger=logger,
+        keep=taken.append,
+    )
     try:
         with contextlib.closing(steps):
-            while True:
-                try:
-                    pause = next(steps)
-                except StopIteration as taken:
-                    lease = taken.value
-                    break
+            for pause in steps:
                 pause.wait()
-        assert lease is not None
-        return lease
+        return taken[0]
     except BaseException:
-        if lease is not None:
+        for lease in taken:
             lease.release()
         raise
 
