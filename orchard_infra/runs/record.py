@@ -247,12 +247,16 @@ def to_json(
     """
     line = _to_json(record)[:-1]
     if with_environment and record.environment is not None:
-        line += f', "environment": {json.dumps(record.environment)}'
+        line += f', "environment": {_quoted(record.environment)}'
     if state is not None:
         line += f', "state": "{state.value}"'
     if len(line) >= RECORD_LIMIT - 64:  # it is ASCII; the longest state must fit as well
         raise ValueError(f"the record is longer than {RECORD_LIMIT} bytes")
     return line.encode() + b"}\n"
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"' if text.isalnum() and text.isascii() else json.dumps(text)
 
 
 # Written three times in every run: twice in the registry, once in the lock.

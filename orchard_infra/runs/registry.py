@@ -96,16 +96,19 @@ class Registration:
         """
         self._note(also)
 
-    def _note(self, also: Iterable[ProcessIdentity] = (), *, before: bool = False) -> None:
+    def _note(self, also: Iterable[ProcessIdentity] = (), *, before: bool = False) -> bool:
+        """Whether this process has children. Some may be defunct."""
         if not self._is_mine():
-            return
+            return False
         found = list(also)
-        if processes.has_children():
+        has_children = processes.has_children()
+        if has_children:
             found += processes.tree(self.record.pid).values()
         if found:
             with self._lock:
                 if self._fd >= 0:  # else the run was left meanwhile, in another thread
                     self._members.add(found, before=before)
+        return has_children
 
     def children_left(self, known: Container[int] = ()) -> list[ProcessIdentity]:
         """The live processes that were started since this run was registered, below this process
@@ -143,7 +146,7 @@ class Registration:
             return
         with _program.lock:
             try:
-                self.note_members(left)
+                has_children = self._note(left)
             except OSError:  # no descriptor or space left: the evidence has to stay as it is
                 self._stay(RunState.ENDED)
                 return
@@ -151,7 +154,7 @@ class Registration:
             first = _program.first_run(directory)
             known = first._members.identities if first is not None else ()
             news = [member for member in self._members.alive() if member not in known]
-            if first is None and (news or processes.has_live_child()):
+            if first is None and (news or (has_children and processes.has_live_child())):
                 self._keep_as(RunState.ENDED)
                 _program.first_runs[directory] = self
             elif first is not None and news:
@@ -291,7 +294,19 @@ if hasattr(os, "register_at_fork"):
 
 
 def _default_directory() -> Path:
-    return files.runtime_dir() / "runs"
+    chosen = os.environ.get(files.RUNTIME_DIR_VARIABLE, "")
+    if chosen and not os.path.isabs(chosen):
+        return files.runtime_dir() / "runs"
+    return _directory_below(chosen)
+
+
+@functools.lru_cache(maxsize=8)  # a program of a thousand short runs looks it up for each
+def _directory_below(chosen: str) -> Path:
+    return files.runtime_dir({files.RUNTIME_DIR_VARIABLE: chosen}) / "runs"
+
+
+def _to_path(path: str | Path) -> Path:
+    return path if isinstance(path, Path) else Path(path)
 
 
 @attrs.frozen
@@ -300,7 +315,7 @@ class RunRegistry:
     directory's).
     """
 
-    directory: Path = attrs.field(factory=_default_directory, converter=Path)
+    directory: Path = attrs.field(factory=_default_directory, converter=_to_path)
 
     def register(self, record: RunRecord) -> Registration:
         """Enter a run as waiting.
