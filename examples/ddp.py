@@ -2,8 +2,8 @@
 
     orchard-infra run -p ddp -- torchrun --nproc-per-node 2 examples/ddp.py
 
-The wrapper holds the lock, and stops every rank however torchrun ends. The environment in here
-joins it; without the wrapper, rank 0 takes the lock itself.
+The wrapper holds the lock, and stops every rank however torchrun ends. Each rank joins the
+wrapper's run. Without the wrapper rank 0 takes the lock itself, and the other ranks follow it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from orchard_infra import managed_environment
 
 
 def train(steps: int) -> float:
-    """Fit a line to noise-free points, each rank its own half; the last loss."""
+    """Fit a line to noise-free points, of which each rank has its share. Returns the last loss."""
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -1,7 +1,7 @@
 """One decorator for plain, async and generator functions.
 
-The environment is held for as long as the body runs: until the coroutine has finished, or the
-generator is exhausted or closed. Each call is a run of its own.
+The environment lasts as long as the body runs: until the function has returned, the coroutine has
+finished, or the generator is exhausted or closed. Each call is a run of its own.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ def train(epochs: int) -> float:
 
 @managed_environment(config)
 async def evaluate(loss: float) -> str:
-    """Evaluate beside other coroutines."""
+    """Evaluate without blocking the event loop, also while it waits for the lock."""
     await asyncio.sleep(0)
     return f"loss {loss:.2f}"
 
 
 @managed_environment(config)
 def checkpoints(count: int) -> Iterator[str]:
-    """Yield the names of checkpoints; the project is held between them, too."""
+    """Yield the names of checkpoints. Between them the project stays locked."""
     for number in range(count):
         yield f"checkpoint-{number} (locked: {config.hardware.lock_file_path.exists()})"
 

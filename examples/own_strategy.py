@@ -1,7 +1,7 @@
 """A strategy of your own: one generator function.
 
-Everything before the ``yield`` is done on the way into the environment, everything after it on the
-way out. This one empties the cache of features that the program keeps in memory.
+What stands before the ``yield`` is done when the environment is entered, what stands after it when
+it is left. This strategy empties a cache that the program keeps in memory.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""A configuration of your own: anything with a ``hardware`` that has the two attributes.
+"""A configuration of your own: any object with a ``hardware`` that has the two attributes.
 
-Here it is a pydantic model, as it is read from a file. What is wrong in it is refused before
-anything is touched, by its full name.
+Here it is a pydantic model, as it is read from a file. A wrong value is refused before anything is
+touched, and the error names the attribute in full.
 """
 
 from pathlib import Path

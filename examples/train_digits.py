@@ -2,15 +2,14 @@
 
     python examples/train_digits.py
 
-1,797 handwritten digits, which scikit-learn brings along, go through a convolutional network.
-Start it a second time meanwhile: it says who holds the project and exits with 75. Stop it (Ctrl-C,
-`kill PID`): it finishes its step, writes a checkpoint, and the next start goes on from there.
+A convolutional network learns the 1,797 handwritten digits that come with scikit-learn. Start it
+a second time meanwhile: the second one says who holds the project and exits with 75. Stop it
+(Ctrl-C, `kill PID`): it finishes its step, writes a checkpoint, and the next start resumes there.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
@@ -22,17 +21,17 @@ from orchard_infra import (
     Environment,
     EnvironmentConfig,
     EnvironmentLockedError,
-    FileLock,
     InfrastructureManager,
     SignalStop,
     managed_environment,
+    shield_worker,
 )
 
 if TYPE_CHECKING:
     import torch
 
-# torch takes seconds to load. It is imported where it is used, inside the environment, so that a
-# second start is turned away at once.
+# torch takes seconds to load. It is imported inside the environment, so that a second start is
+# refused at once.
 
 SEED = 20
 BATCH = 64
@@ -46,7 +45,6 @@ def main() -> int:
         lock_file_path=options.lock_file,
     )
     manager = InfrastructureManager(
-        locker=FileLock(timeout=options.wait),
         # A request to stop sets env.stop_requested. A second one, or a loop that does not look at
         # it for a minute, ends the run with an exception.
         stopper=SignalStop(
@@ -55,7 +53,7 @@ def main() -> int:
     )
     output = options.output or Path("runs") / options.project
     try:
-        with managed_environment(config, manager=manager) as env:
+        with managed_environment(config, manager=manager, timeout=options.wait) as env:
             training = Training(output, options.epochs, options.workers)
             training.run(env)
     except EnvironmentLockedError as error:
@@ -72,7 +70,7 @@ def main() -> int:
 
 
 class Training:
-    """The training itself; all of it that knows of the environment is ``env.stop_requested``."""
+    """The training itself. All that it knows of the environment is ``env.stop_requested``."""
 
     def __init__(self, output: Path, epochs: int, workers: int) -> None:
         import torch
@@ -94,11 +92,12 @@ class Training:
         self.loader = torch.utils.data.DataLoader(
             self.train_set,
             batch_size=BATCH,
-            shuffle=True,
-            generator=self.shuffle,
+            sampler=torch.utils.data.RandomSampler(self.train_set, generator=self.shuffle),
             num_workers=workers,
-            # Forked workers inherit the lock's descriptor, and keep it if this process is killed.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            persistent_workers=workers > 0,
+            # A terminal sends Ctrl-C to the workers as well. Without them there would be no step to
+            # finish.
+            worker_init_fn=shield_worker,
         )
         self.model = build_network().to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=2e-3)
@@ -119,16 +118,14 @@ class Training:
         print(f"accuracy    {self.accuracy():.1%} of {len(self.test_set)} held-out images")
 
     def steps(self) -> Iterator[float]:
-        """Train step by step, and yield each loss. An epoch's order depends on its number only."""
+        """Train step by step, and yield each loss. An epoch has the same order in every run."""
         import torch
 
         while self.done < self.epochs * len(self.loader):
             epoch, skip = divmod(self.done, len(self.loader))
             self.shuffle.manual_seed(SEED + epoch)
             self.model.train()
-            with ctrl_c_blocked():
-                batches = iter(self.loader)
-            for number, (images, labels) in enumerate(batches):
+            for number, (images, labels) in enumerate(self.loader):
                 if number < skip:
                     continue  # done before the stop that this run resumes from
                 logits = self.model(images.to(self.device))
@@ -149,14 +146,14 @@ class Training:
         return float((guesses == labels).float().mean())
 
     def resume(self) -> None:
-        """Go on where an unfinished run was stopped; a finished one is trained anew."""
+        """Resume an unfinished run where it was stopped. After a finished one, start anew."""
         import torch
 
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         if state["done"] >= self.epochs * len(self.loader):
-            print(f"{self.checkpoint} is of a finished run: starting anew")
+            print(f"{self.checkpoint} belongs to a finished run: starting anew")
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -164,7 +161,7 @@ class Training:
         print(f"resumed     after {self.done} steps")
 
     def save(self) -> None:
-        """Write the checkpoint so that there is always a whole one, whenever power fails."""
+        """Replace the checkpoint in one step: after a power failure there still is a whole one."""
         import torch
 
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -179,19 +176,6 @@ class Training:
             file.flush()
             os.fsync(file.fileno())
         os.replace(half_written, self.checkpoint)
-
-
-@contextlib.contextmanager
-def ctrl_c_blocked() -> Iterator[None]:
-    """What is forked meanwhile never sees a Ctrl-C, which a terminal sends to the workers, too.
-
-    Without them there would be no step to finish. This process sees it once the block ends.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def build_network() -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""The smallest protected program: one run of the project at a time, and nothing left of it.
+"""The smallest protected program: one run of the project at a time, and it leaves nothing behind.
 
 Start it twice at once: the second one says who holds the project.
 """

@@ -28,6 +28,7 @@ from orchard_infra.runs.record import RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
 from orchard_infra.sanitizing.ghosts import GhostSanitizer
 from orchard_infra.session import current_environments
+from orchard_infra.stopping.shielding import shield_worker
 from orchard_infra.stopping.signals import RunStopped, SignalStop
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "TorchCacheFlusher",
     "current_environments",
     "managed_environment",
+    "shield_worker",
 ]

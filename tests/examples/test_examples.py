@@ -38,7 +38,7 @@ def test_the_decorator_holds_the_project_for_as_long_as_the_body_runs(tmp_path: 
     ]
 
 
-def test_an_own_flusher_is_called_at_release(tmp_path: Path) -> None:
+def test_a_strategy_of_ones_own_is_one_generator_function(tmp_path: Path) -> None:
     script = run_python(tmp_path, EXAMPLES / "own_strategy.py")
 
     assert script.finish() == 0, script.transcript()
@@ -120,15 +120,23 @@ def test_a_second_start_is_told_who_holds_the_project_while_another_project_trai
 
 
 def warnings(run: Script) -> list[str]:
-    """What it wrote to stderr, but for other tests' runs of the same script that it spared."""
+    """What it wrote to stderr, without the lines on other tests' runs of the same script."""
     return [line for line in run.error_output.splitlines() if not line.startswith("spared process")]
 
 
-def test_a_training_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on_from_there(
+def test_a_training_that_is_killed_or_asked_to_stop_is_resumed_by_the_next_start(
     digits: Digits,
 ) -> None:
-    first = digits.start("--epochs", "1000")
-    wait_until(digits.checkpoint.exists, what=first.transcript)
+    killed = digits.start("--epochs", "1000")
+    wait_until(digits.checkpoint.exists, what=killed.transcript)
+    workers = psutil.Process(killed.pid).children(recursive=True)
+    assert workers
+    killed.kill()
+
+    first = digits.start("--epochs", "1000", "--allow-process-kill")
+    first.wait_for("resumed")
+    assert not any(worker.is_running() for worker in workers)
+    wait_until(psutil.Process(first.pid).children, what=first.transcript)
     workers = psutil.Process(first.pid).children(recursive=True)
 
     first.send_signal(signal.SIGTERM)
@@ -138,12 +146,16 @@ def test_a_training_that_is_asked_to_stop_writes_a_checkpoint_and_goes_on_from_t
     wait_gone(worker.pid for worker in workers)
 
     second = digits.start("--epochs", "1000", start_new_session=True)
-    assert steps(second.wait_for("resumed")) == steps(first.wait_for("trained"))
+    resumed = steps(second.wait_for("resumed"))
+    assert resumed == steps(first.wait_for("trained"))
+    checkpoint = digits.checkpoint.stat().st_mtime_ns
+    wait_until(lambda: digits.checkpoint.stat().st_mtime_ns != checkpoint, what=second.transcript)
 
     os.killpg(second.pid, signal.SIGINT)  # as a terminal does: to the workers, too
 
     assert second.finish() == 128 + signal.SIGINT, second.transcript()
     assert "stopped by SIGINT" in second.output
+    assert steps(second.wait_for("trained")) > resumed
     assert warnings(first) == ["stop requested: SIGTERM"]
     assert warnings(second) == ["stop requested: SIGINT"]
 
@@ -158,16 +170,3 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one_does(digits: Digits) ->
 
     assert "resumed" in second.output
     assert accuracy(second) == accuracy(whole)
-
-
-def test_after_a_kill_the_next_start_is_not_blocked_by_forked_workers(digits: Digits) -> None:
-    first = digits.start("--epochs", "1000")
-    wait_until(digits.checkpoint.exists, what=first.transcript)
-    workers = psutil.Process(first.pid).children(recursive=True)
-    assert workers
-
-    first.kill()
-    second = digits.start("--epochs", "1000", "--allow-process-kill")
-
-    second.wait_for("resumed")
-    assert not any(worker.is_running() for worker in workers)
