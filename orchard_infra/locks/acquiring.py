@@ -284,9 +284,9 @@ class _Attempt:
         elif known is None or holder.run_id != known.run_id or now >= self._look_at:
             self._look_at = now + _LOOK_AGAIN
             self._refuse_own(holder)
-            if self._tries:
-                self._clear(holder)
-                now = time.monotonic()
+            # Also behind others in the queue: they may not be allowed to stop what we may.
+            self._clear(holder)
+            now = time.monotonic()
         if now >= self._deadline:
             raise self._locked(now - self._began)
         if self.timeout != 0 and now >= self._say_at:
@@ -410,4 +410,7 @@ def _note_owner(run_id: str, owner: _Owner, lease: Lease | None) -> None:
     for other, (_, taken) in tuple(_owners.items()):
         if taken is not None and taken() is None:
             _owners.pop(other, None)  # released, and forgotten
-    _owners[run_id] = owner, None if lease is None else weakref.ref(lease)
+    try:
+        _owners[run_id] = owner, None if lease is None else weakref.ref(lease)
+    except TypeError:  # somebody's own lease, which has no room for a reference: it is remembered
+        _owners[run_id] = owner, None

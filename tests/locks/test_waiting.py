@@ -514,6 +514,27 @@ def test_a_dead_holder_whose_processes_were_stopped_is_no_obstacle(scene):
     take(scene.path, clear_dead=clear_dead).release()
 
 
+def test_who_may_stop_what_a_dead_holder_left_does_so_also_behind_one_who_may_not(scene):
+    first = acquiring(
+        FileLock(),
+        key_of(scene.path),
+        describe_this_run("digits"),
+        timeout=None,
+        clear_dead=scene.clear_dead,
+        logger=LOG,
+    )
+    for _ in range(3):
+        next(first).wait()
+
+    def clear_dead(dead: RunRecord) -> tuple[()]:
+        os.kill(scene.survivor, signal.SIGKILL)
+        return ()
+
+    with forked(lambda: take(scene.path, None, clear_dead=clear_dead)) as second:
+        drive(first).release()
+        assert exit_status(second) == 0
+
+
 def test_what_has_to_be_left_of_a_dead_holder_is_no_obstacle_if_it_does_not_hold_the_lock(scene):
     """A tracker in a session of its own, say: it goes on, and the lock is free."""
     left = scene.clear_dead
