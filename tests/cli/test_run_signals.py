@@ -82,6 +82,21 @@ def test_the_wrapper_outlives_every_signal_but_sigkill(wrapper: Wrapper) -> None
     assert wrapper.run("true").returncode == os.EX_TEMPFAIL
 
 
+def test_a_signal_while_another_one_is_dealt_with_is_not_taken_by_a_thread(
+    wrapper: Wrapper,
+) -> None:
+    # The wrapper has a thread that renews the lock. One that took the signal would end it.
+    script = listen(wrapper, "USR1", "RTMIN")
+    wait_for_witness(script.pid)
+
+    send(script, signal.SIGUSR1, signal.SIGRTMIN)  # the first takes a moment
+
+    wait_until(lambda: len(heard(script)) == 2, what=script.transcript)
+    assert set(heard(script)) == {"SIGUSR1", "SIGRTMIN"}
+    send(script, signal.SIGUSR2)
+    assert script.finish() == 7
+
+
 def test_a_stop_and_a_continue_to_the_wrapper_alone_take_the_command_along(
     wrapper: Wrapper,
 ) -> None:

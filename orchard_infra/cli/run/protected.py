@@ -93,7 +93,6 @@ class ProtectedCommand:
 
     def _carry_out(self, began: float) -> int:
         supervisor = Supervisor(tell)
-        supervisor.prepare()
         session = self._session()
         with interruptible(), _shown(session):
             env = session.prepare()

@@ -28,7 +28,7 @@ from orchard_infra.cli.run.interrupts import END_SIGNALS
 from orchard_infra.cli.run.oom import OomCounter
 from orchard_infra.cli.run.terminal import Terminal
 from orchard_infra.cli.run.witness import Witness
-from orchard_infra.system import masking, processes
+from orchard_infra.system import processes
 from orchard_infra.system.processes import ProcessIdentity
 
 if TYPE_CHECKING:
@@ -90,19 +90,13 @@ class Supervisor:
     _seen_by_group: set[int] = attrs.field(factory=set)
     _status: int | None = None
 
-    def prepare(self) -> None:
-        """Choose the signals to pass on, before the first thread starts: a thread that does not
-        block them all would take one for the whole process, and end it.
-        """
+    def begin(self) -> None:
+        """Block signals, and become the parent of whatever loses its own below us."""
         self._passed_on = frozenset(
             signum
             for signum in signal.valid_signals()
             if signum not in _NOT_PASSED_ON and signal.getsignal(signum) is not signal.SIG_IGN
         ) - {signal.SIGCHLD}
-        masking.keep_away(self._passed_on)
-
-    def begin(self) -> None:
-        """Block signals, and become the parent of whatever loses its own below us."""
         # Ignored, as it may have been inherited, it would reap the command for us.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._passed_on, signal.SIGCHLD})
