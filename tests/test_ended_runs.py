@@ -366,6 +366,13 @@ def test_a_program_that_has_closed_every_descriptor_ends_its_run(program, regist
     program.do("os.closerange(3, 1000)")
     program.do("run.end()")
     assert names(registry) == []
+    program.do("run = enter()")
+    child = program.number("fork()")
+    program.do("os.closerange(3, 1000)")
+    program.do("run.end()")
+    [run] = registry.runs()
+    assert run.state is RunState.ENDED
+    assert live_run_of(registry, child) == run.record.run_id
 
 
 def test_a_record_that_somebody_removed_takes_no_further_runs(program, registry):

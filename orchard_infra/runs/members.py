@@ -1,8 +1,8 @@
-"""The processes of a program, written down while it lives: the file beside a run's record.
+"""The members file, beside a run's record: the processes of a program, written down while it lives.
 
-Workers of a forkserver carry no run id and hold no file of the run, if that server was started
-before the run. After a kill -9 of the program they are orphans like any other. So a run writes
-down who is below it, at its prepare and now and then: one line for each process, appended.
+Workers of a forkserver carry no run id and hold no file of the run if that server was started
+before the run. After a kill -9 of the program nothing tells them from strangers. So a run writes
+down the processes below it, when it begins and from time to time: one line each, appended.
 
     4242 81234.56 inside     a process that was below the program
     4240 81200.01 before     one that was there before the run began
@@ -27,14 +27,14 @@ from orchard_infra.system.processes import ProcessIdentity
 
 SUFFIX = ".members"
 _LIMIT = 2**20  # bytes that are read
-_GROWN = 1000  # lines from which on it is worth looking which of them are of use
+_GROWN = 1000  # lines: a longer file is written anew without those that are of no use any more
 _LINE = re.compile(rb"(\d{1,10}) (\d{1,12}(?:\.\d{1,20})?) (inside|before)")  # a torn line is none
 
 
 @attrs.frozen
 class FoldedRun:
-    """A run that has ended, and is on record with an earlier run of its program. ``file`` is the
-    device and inode that its own record had: forked children may still hold that.
+    """A run that has ended and is on the record of an earlier run of its program. ``file`` is the
+    device and inode of its own former record, which forked children may still hold.
     """
 
     run_id: str
@@ -44,7 +44,7 @@ class FoldedRun:
 
 @attrs.frozen
 class Members:
-    """What a members file says. ``before`` are those that were there when the run began."""
+    """What a members file says. ``before`` are those that were there before the run began."""
 
     processes: frozenset[ProcessIdentity] = frozenset()
     before: frozenset[ProcessIdentity] = frozenset()
@@ -176,8 +176,8 @@ class MembersFile:
         return b"".join(lines + [_folded_line(run) for run in self.folded.values()])
 
     def _keep_small(self) -> None:
-        """Write it anew without what has become useless, when it has grown: processes that are
-        gone, and runs whose id no process carries.
+        """Write a file that has grown anew, without processes that are gone and without runs whose
+        id no process carries.
         """
         if len(self.identities) + len(self.folded) < self.compact_at:
             return

@@ -1,12 +1,12 @@
 """Which processes belong to which run: the proof that is needed before anything is stopped.
 
-A process belongs to a run when it leads it, was started with the run's id in its environment,
-holds the run's own record file open, as forked children do, or was written down by the run while
-it was below the program; and so does what is below such a process.
+A process belongs to a run when it leads the run, was started with the run's id in its environment,
+holds the run's own record file open (as forked children do), was written down by the run, or is
+below such a process.
 
-The lock file proves nothing: whoever waits for the lock has it open, too. Nor does an open record
-file alone prove guilt, since whoever reads the registry has it open for a moment: a survivor has
-inherited the very description that the leader locked.
+The lock file proves nothing: a process that waits for the lock has it open, too. An open record
+file protects a process, but does not prove that it is a survivor: a reader of the registry has it
+open for a moment. A survivor has inherited the open file description that the leader locked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _File = tuple[int, int]  # device and inode
 
 @attrs.frozen
 class _Evidence:
-    """What tells the members of some runs, to be looked up for one process after the other."""
+    """The evidence for membership of some runs, in tables to look processes up in."""
 
     ids: dict[str, RegisteredRun]
     leaders: dict[ProcessIdentity, RegisteredRun]
@@ -172,9 +172,9 @@ def children_left(
 ) -> list[ProcessIdentity]:
     """The live processes that a live run has started: below its leader, or orphans by now.
 
-    Those that the leader had when it registered do not count. ``known`` are pids that need not be
-    looked at because they were there before, for a cheap look at a large machine. A process may
-    be missed while another one exits: this is for a report, and not for a decision to stop one.
+    Those that the leader had when it registered do not count. Orphans are not looked for among
+    the pids in ``known``, those that were there before: on a large machine that saves most of the
+    time. A process may be missed while another one exits.
     """
     record = run if isinstance(run, RunRecord) else run.record
     before: Collection[ProcessIdentity] = ()
@@ -194,7 +194,7 @@ def orphans_of(
 ) -> Iterator[ProcessIdentity]:
     """Processes of a live run of our own that are not below it any more: double forks, setsid.
 
-    ``pids`` are those to look at, where that is known: who started before the run is none of it.
+    ``pids`` are those to look at, if it is known which processes started after the run.
 
     Those started by exec carry its id. The others are forks of this very process, and so show
     its own initial environment, or none where their title was rewritten: only they are asked
@@ -212,6 +212,6 @@ def orphans_of(
         belongs = processes.value_in(environ, RUN_ID_VARIABLE) == run_id
         if not belongs and files and (environ == own or not environ.strip(b"\0")):
             belongs = processes.has_inherited(pid, files) is not None
-        # The pid is still that of the process whose identity was read before, and so is the proof.
+        # It is still the process whose identity was read first, so the evidence is about it.
         if belongs and processes.is_alive(identity):
             yield identity

@@ -1,4 +1,4 @@
-"""The registry: which runs there are, and the kernel's word for whether they live.
+"""The registry: which runs there are, and whether the kernel says that they live.
 
 Every run, a waiting one too, has a record file in the registry's directory, which it holds open
 and locked for as long as it lives. The kernel drops that lock when the last process with the
@@ -9,13 +9,13 @@ open file description has gone, so:
 * lock held, leader dead: forked children of the run still live; there are *survivors*.
 
 Children started by exec do not inherit the descriptor. They carry the run's id in their
-environment instead (`RUN_ID_VARIABLE`); setting that to the empty string opts a daemon out. Who
-was below the program is written down besides, see `orchard_infra.runs.members`.
+environment instead (`RUN_ID_VARIABLE`); setting that to the empty string opts a daemon out. The
+program also writes down which processes are below it, see `orchard_infra.runs.members`.
 
-The end of a run is not the end of its program. A run of which children live on stays on record as
+The end of a run is not the end of its program. A run whose children live on stays on record as
 *ended*, so that nobody takes them for leftovers before the program has exited. All such runs of
-one program share the record of the first: a sweep of a thousand trials with one pool must not
-hold a thousand descriptors.
+one program share the record of the first one: a sweep of a thousand trials with one pool must
+not hold a thousand descriptors.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ from orchard_infra.system.processes import ProcessIdentity
 
 @attrs.define(eq=False)
 class Registration:
-    """The place of a run in the registry. This process holds it until it is left by `end`,
-    `abandon` or `close`. In a forked child these close the descriptor, and do nothing else: the
-    files are the parent's.
+    """The place of a run in the registry. This process holds it until `end`, `abandon` or `close`.
+    In a forked child these only close the descriptor: the files are the parent's.
     """
 
     record: RunRecord
@@ -86,10 +85,10 @@ class Registration:
         self.record = record
 
     def note_members(self, also: Iterable[ProcessIdentity] = ()) -> None:
-        """Write down who is below this process, and ``also`` these, as far as they are not yet.
+        """Write down the processes below this one, and ``also`` these. Each is written once.
 
-        Cheap, and one system call where there are no children. It may miss a process while
-        another one exits; who is below one that was written down is found all the same.
+        It costs one system call where there are no children. It may miss a process while another
+        one exits. A process below one that was written down is found all the same.
 
         Raises:
             OSError: They cannot be written.
@@ -97,7 +96,7 @@ class Registration:
         self._note(also)
 
     def _note(self, also: Iterable[ProcessIdentity] = (), *, before: bool = False) -> bool:
-        """Whether this process has children. Some may be defunct."""
+        """As `note_members`. Returns whether this process has children, be they defunct."""
         if not self._is_mine():
             return False
         found = list(also)
@@ -112,7 +111,7 @@ class Registration:
 
     def children_left(self, known: Container[int] = ()) -> list[ProcessIdentity]:
         """The live processes that were started since this run was registered, below this process
-        or orphaned. They are written down as well. See `membership.children_left`.
+        or orphaned. They are also written down. See `membership.children_left`.
         """
         from orchard_infra.runs.membership import children_left
 
@@ -138,22 +137,26 @@ class Registration:
     def end(self, left: Iterable[ProcessIdentity] = ()) -> None:
         """Leave the registry: the run ended well, and its program goes on.
 
-        While processes live that were started in the run, or ``left`` by it, it stays on record
-        as ended, on the record of the first such run of this program.
+        The run stays on record as ended while processes live that it started, or that are in
+        ``left``. Later ones of this program are added to the record of the first.
         """
-        if not self._is_mine() or not self._is_open():
+        if not self._is_mine() or not (self._is_open() or self._reopen()):
             self.close()
             return
         with _program.lock:
             try:
                 has_children = self._note(left)
-            except OSError:  # no descriptor or space left: the evidence has to stay as it is
+            except OSError:  # no descriptor or space left: the record stays, as it is
                 self._stay(RunState.ENDED)
                 return
             directory = os.path.dirname(self._path)
             first = _program.first_run(directory)
             known = first._members.identities if first is not None else ()
-            news = [member for member in self._members.alive() if member not in known]
+            news = [
+                member
+                for member in self._members.identities
+                if member not in known and processes.is_alive(member)
+            ]
             if first is None and (news or (has_children and processes.has_live_child())):
                 self._keep_as(RunState.ENDED)
                 _program.first_runs[directory] = self
@@ -165,8 +168,8 @@ class Registration:
                 self.close()
 
     def abandon(self) -> None:
-        """Leave the registry, and the record there: the release failed. Once this process has
-        ended, the run is one that crashed, and the next one cleans up after it.
+        """Leave the registry because the release failed. The record stays: once this process has
+        ended, the run counts as crashed, and the next run cleans up after it.
         """
         if not self._is_mine() or not self._is_open():
             self.close_descriptor()
@@ -176,7 +179,7 @@ class Registration:
         self._stay(RunState.ABANDONED)
 
     def close(self) -> None:
-        """Leave the registry, and nothing there."""
+        """Leave the registry, and remove the record."""
         if self._fd < 0:
             return
         if not self._is_mine():
@@ -195,7 +198,7 @@ class Registration:
                 self._members.remove()
 
     def close_descriptor(self) -> None:
-        """Let go of the record, and leave it where it is."""
+        """Leave the record where it is, without holding it."""
         if self._is_open():
             os.close(self._fd)
         self._fd = -1
@@ -211,27 +214,42 @@ class Registration:
             self.close()
 
     def _is_held_by_a_fork(self) -> bool:
-        """Whether a forked process holds the record that is not below this one any more. To a
-        later run it would look like a twin.
+        """Whether a forked process holds the record, although no child of ours is known to live.
+        Such an orphan would look like a twin to a later run.
 
-        The kernel tells: there is none if the lock can be taken once our descriptor is closed.
+        There is none if the lock can be taken once our own descriptor is closed.
         """
         try:
             fd = files.open_existing(self._path, os.O_RDWR)
         except (OSError, InfrastructureError) as error:
             return not isinstance(error, FileNotFoundError)  # with no descriptor left, say
-        os.close(self._fd)
+        self.close_descriptor()
         self._fd = fd
         return self._is_open() and not _lock_past_readers(fd, self._path, tries=20)
 
+    def _reopen(self) -> bool:
+        """Open the record again, in a program that has closed every descriptor, as daemons do."""
+        try:
+            self._fd = files.open_existing(self._path, os.O_RDWR)
+        except (OSError, InfrastructureError):
+            self._fd = -1
+            return False
+        if not self._is_open():  # it is another file by now
+            os.close(self._fd)
+            self._fd = -1
+            return False
+        with contextlib.suppress(OSError):
+            lock_descriptor(self._fd)
+        return True
+
     def _keep_as(self, state: RunState) -> None:
         _stay_known(os.path.dirname(self._path), self.record.pid)
-        # A directory that is kept after an error is not what a dead run left.
-        kept = (
-            self.record if state is RunState.ABANDONED else attrs.evolve(self.record, tmp_dir=None)
-        )
-        with contextlib.suppress(OSError):  # no space: it then stays what it was
-            self.update(kept, state)
+        record = self.record
+        if state is RunState.ENDED:
+            # A directory that was kept after an error is not to be collected with the record.
+            record = attrs.evolve(record, tmp_dir=None)
+        with contextlib.suppress(OSError, InfrastructureError):  # no space: it stays as it was
+            self.update(record, state)
 
     def _stay(self, state: RunState) -> None:
         self._keep_as(state)
@@ -262,11 +280,12 @@ class _Program:
         first = self.first_runs.get(directory)
         if first is None or (first._is_open() and files.same_file(first._fd, first._path)):
             return first
-        del self.first_runs[directory]  # the program has closed every descriptor, or somebody
-        return None  # has removed the record
+        # The program has closed every descriptor, or somebody has removed the record.
+        del self.first_runs[directory]
+        return None
 
     def leave(self) -> None:
-        """At the exit of the interpreter: nobody needs a record of a program without children."""
+        """At the exit of the interpreter: remove the records if no child lives any more."""
         for first in tuple(self.first_runs.values()):
             if not first._members.alive() and not processes.has_live_child():
                 with contextlib.suppress(OSError):
@@ -275,12 +294,12 @@ class _Program:
 
 
 _program = _Program()
-# Registered at import: exit hooks run last in, first out, so workers have been joined by then.
+# Registered early, to run late: exit hooks of pools that are imported later join their workers.
 atexit.register(lambda: _program.leave())
 
 
 def _start_anew() -> None:
-    """In a forked child. The record is its parent's; that it is open tells whose fork this is."""
+    """In a forked child. The record is its parent's. It stays open, as proof whose fork this is."""
     global _program
     _program = _Program()
 
@@ -320,7 +339,7 @@ class RunRegistry:
     def register(self, record: RunRecord) -> Registration:
         """Enter a run as waiting.
 
-        The file gets its name only once it is locked: who sees it sees a live run.
+        The file gets its name only once it is locked: a reader that sees it sees a live run.
 
         Raises:
             InfrastructureError: The directory cannot be used, or the record not be read back.
@@ -341,7 +360,7 @@ class RunRegistry:
                 ) from error
             try:
                 if not lock_descriptor(fd):
-                    raise FileNotFoundError  # soon: somebody has locked it, to collect it
+                    raise FileNotFoundError  # soon: a collector has locked it
                 files.write_whole(fd, data)
                 os.rename(unnamed, path)
                 registration = Registration(record, path, fd, _identity(os.fstat(fd)))

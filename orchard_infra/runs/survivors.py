@@ -7,8 +7,8 @@ worker       a fork of the program, or a worker of multiprocessing or loky
 program      another program that a run started which crashed
 ===========  ==================================================================================
 
-A tree is looked at as a whole, from one scan, and before anything is stopped: who is below a
-process that is known may be known by nothing else. Below a detached process everything is
+A tree is looked at as a whole, from one scan, and before anything is stopped: for some processes
+the only evidence is that they are below another one. Everything below a detached process is
 detached: the shells of a tmux server that was started in a run carry the run's id.
 """
 
@@ -45,8 +45,8 @@ def find_survivors(
         return
     found = _Search(runs, live_run_of).members()
     for member in sorted(found, key=lambda member: (member.is_helper, member.identity)):
-        # It is still the process that the scan has seen, so what was read of it in between is
-        # true of it, and not of another one that got its pid.
+        # It is still the process that the scan saw. So the evidence that was read in between is
+        # about this process, and not about another one that got its pid.
         if processes.is_alive(member.identity):
             yield member.run, member.describe()
 
@@ -88,8 +88,8 @@ class _Search:
             if run.record.is_local
             for identity in run.members.processes
         }
-        # Only a lock that is still held has a holder to look for, and looking is dear. Later runs
-        # on the same record had locks of their own, of which nobody knows.
+        # Open files are expensive to look at. Only a lock that is held has a holder to look for;
+        # whether the former records of folded runs are held is not known.
         self.held: dict[tuple[int, int], RegisteredRun] = {}
         self.names: dict[tuple[int, int], str] = {}
         for run in runs:
@@ -99,7 +99,7 @@ class _Search:
             self.held.update(dict.fromkeys(files, run))
             self.names.update(files)
         self.locked_by = {file: run.record.pid for file, run in self.held.items()}
-        # What a program started is younger than the program.
+        # A process that is older than the program was not started by it.
         self.since = min(run.record.create_time for run in runs)
         self.table: Mapping[int, Row] = processes.table()
         self.near = kin(self.table)
@@ -124,7 +124,7 @@ class _Search:
         ]
 
     def look(self, pid: int) -> _Member | None:
-        """What is known of a process, and first of those above it."""
+        """What is known of a process. The processes above it are looked at first."""
         path = []
         while pid in self.table and pid not in self.known and pid not in path:
             path.append(pid)
@@ -145,7 +145,7 @@ class _Search:
         environ = processes.raw_environ(pid)
         run_id = processes.value_in(environ, RUN_ID_VARIABLE)
         if run_id == "" or row.ppid in self.spared:
-            self.spared.add(pid)  # it opted out, with all that is below it
+            self.spared.add(pid)  # it opted out, with everything below it
             return None
         run, evidence = self._evidence(pid, identity, run_id)
         if run is None and above is not None:
@@ -168,10 +168,10 @@ class _Search:
         )
         if evidence == _WRITTEN_DOWN and (is_detached or not is_worker):
             if identity in run.members.before:
-                # Another program, that was not started by the run. It goes on, with its workers.
+                # Another program, which the run did not start. It is left alone with its workers.
                 self.spared.add(pid)
                 return None
-            is_detached = True  # it was started without the run's environment, on purpose
+            is_detached = True  # it was started without the run's environment on purpose
         kind: _Kind = "worker"
         if is_detached or (run.was_released and not is_worker):
             kind = "detached"
@@ -188,7 +188,7 @@ class _Search:
                 return self.held[file], _FORKED
         started_in = self.by_id.get(run_id or "")
         written_by = self.written_down.get(identity)
-        # A run within another one: a fork shows the id that its program was started with.
+        # In a run within another one, a fork shows the id that its program was started with.
         if written_by is not None and (
             started_in is None or written_by.record.started_at > started_in.record.started_at
         ):

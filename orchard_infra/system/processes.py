@@ -97,11 +97,10 @@ def is_alive(identity: ProcessIdentity) -> bool:
 
 
 def is_gone(identity: ProcessIdentity) -> bool:
-    """Whether this process is *proven* dead, be it defunct or its pid another one's.
+    """Whether this process is *proven* dead: gone, defunct, or its pid belongs to another one.
 
-    That /proc shows no such process proves nothing: under ``hidepid=2`` it hides those of other
-    users, and without a free descriptor nothing can be read. kill(2) tells a hidden process from
-    none.
+    That /proc does not show it proves nothing: with ``hidepid=2`` it hides the processes of other
+    users, and without a free descriptor nothing can be read. kill(2) knows hidden processes, too.
     """
     stat = read_stat(identity.pid)
     if stat is None:
@@ -141,8 +140,8 @@ def own_identity() -> ProcessIdentity | None:
 def session_of(pid: int) -> int | None:
     """The session that a process is in, see setsid(2); None when unknown, or on Windows.
 
-    A process that starts a session of its own (a daemon, a tracker, a terminal multiplexer) means
-    to outlive whoever started it.
+    A process with a session of its own (a daemon, a tracker, a terminal multiplexer) is meant to
+    outlive the process that started it.
     """
     stat = read_stat(pid)
     return (stat.session or None) if stat is not None else None
@@ -365,9 +364,9 @@ def children_of(pid: int) -> set[int]:
 
 
 def has_children() -> bool:
-    """Whether this process has any child, be it defunct: one system call.
+    """Whether this process has any child, a defunct one included: one system call.
 
-    Most programs that hold a lock for a moment have none, and need not look for them in /proc.
+    Most programs that hold a lock for a moment have none, and need not look in /proc for them.
     """
     if not hasattr(os, "waitid"):  # Windows
         return True
@@ -381,8 +380,8 @@ def has_children() -> bool:
 
 
 def has_live_child() -> bool:
-    """Whether this process is known to have a child that lives: one system call, which needs no
-    descriptor. False, too, where a child that waits to be reaped hides the others.
+    """Whether this process certainly has a child that lives: one system call, which needs no
+    descriptor. Also False while a child waits to be reaped, which hides the others.
     """
     if not hasattr(os, "waitid"):
         return False
@@ -448,8 +447,8 @@ def has_inherited(
 
 
 def has_locked(pid: int, file: tuple[int, int]) -> bool:
-    """Whether a process has locked this file itself, shared, and has it open since. A child that
-    it forked has the file open, too, but by way of its parent.
+    """Whether a process has locked this file itself, shared, and still has it open. A child that
+    it forked has the file open, too, but its parent took the lock.
     """
     return any(
         pid in _lockers(pid, fd, b"READ") for fd, opened in _open_files(pid) if opened == file
@@ -457,8 +456,8 @@ def has_locked(pid: int, file: tuple[int, int]) -> bool:
 
 
 def holds_accelerator(pid: int) -> bool:
-    """Whether a process has an accelerator open for computing, and so memory on it. One that
-    monitors accelerators has not.
+    """Whether a process has an accelerator open for computing, and so memory on it. A process that
+    only monitors accelerators has not.
     """
     try:
         with os.scandir(f"/proc/{pid}/fd") as entries:
