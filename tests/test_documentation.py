@@ -134,6 +134,15 @@ def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
     _expect_success(script)
 
 
+def test_a_strategy_of_ones_own_is_short_and_the_one_of_the_example() -> None:
+    source = (ROOT / "examples" / "own_strategy.py").read_text("utf-8")
+    [strategy] = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    text = "\n".join(source.splitlines()[strategy.lineno - 2 : strategy.end_lineno])
+    assert text.startswith("@attrs.frozen\n")
+    assert len(text.splitlines()) < 15
+    assert text in (ROOT / "README.md").read_text("utf-8")
+
+
 @pytest.mark.parametrize("block", _in("console"), ids=str)
 def test_a_console_block_does_what_it_shows(block: Block, tmp_path: Path) -> None:
     commands, expected = _session(block.body)
