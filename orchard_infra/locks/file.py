@@ -91,7 +91,7 @@ class FileLock:
                             return _held(fd, path)
                         # Removed between our open and our lock? Then this lock protects nothing.
                         if files.same_file(fd, path):
-                            _refuse_foreign(fd, key.path)
+                            refuse_foreign(fd, key.path)
                             lease = FileLease(key.path, record, self.interval)
                             lease._hold(fd)
                             fd = -1
@@ -397,7 +397,7 @@ def _held_by_another_user(path: str, error: PermissionError) -> Held | None:
         os.close(fd)
 
 
-def _refuse_foreign(fd: int, path: Path) -> None:
+def refuse_foreign(fd: int, path: Path) -> None:
     """Never write into a file that is not a lock: a mistyped path may name somebody's results."""
     stat = os.fstat(fd)
     if hasattr(os, "geteuid") and stat.st_uid != os.geteuid():

@@ -355,9 +355,12 @@ def test_a_lock_file_that_cannot_be_opened_for_writing_is_a_problem(tmp_path, ju
     assert "Read-only file system" in check["text"]
 
 
-@pytest.mark.parametrize("kind", ["a FIFO", "a symbolic link", "a directory", "no lock file"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a FIFO", "a symbolic link", "a directory", "no lock file", "its name does not end in .lock"],
+)
 def test_what_cannot_be_a_lock_file_is_a_problem_and_stays(tmp_path, kind, judge):
-    path = tmp_path / "x.lock"
+    path = tmp_path / ("seed.txt" if "name" in kind else "x.lock")
     if kind == "a FIFO":
         os.mkfifo(path)
     elif kind == "a symbolic link":
@@ -365,7 +368,7 @@ def test_what_cannot_be_a_lock_file_is_a_problem_and_stays(tmp_path, kind, judge
     elif kind == "a directory":
         path.mkdir()
     else:
-        path.write_text("epoch,loss\n1,0.5\n")
+        path.write_text("42" if "name" in kind else "epoch,loss\n1,0.5\n")
     check = judge("lock file", "--lock-file", str(path))
     assert check["status"] == "problem"
     assert kind in check["text"]
@@ -468,6 +471,12 @@ def test_whether_killing_is_off_is_told_with_the_reason(environ, said, judge):
     check = judge("launch", **environ)
     assert check["status"] == "ok"
     assert said in check["text"]
+
+
+def test_a_rank_that_is_none_is_a_problem(judge):
+    check = judge("launch", RANK="first", WORLD_SIZE="2")
+    assert check["status"] == "problem"
+    assert "RANK" in check["text"]
 
 
 def test_as_the_first_process_of_a_container_it_says_that_nobody_reaps(examine, unshare):

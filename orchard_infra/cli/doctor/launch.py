@@ -12,6 +12,7 @@ import psutil
 
 from orchard_infra.cli import output
 from orchard_infra.cli.doctor.base import Level, Setup, Verdict, short_command
+from orchard_infra.errors import ConfigurationError
 from orchard_infra.launch import Launch
 from orchard_infra.system import processes
 
@@ -19,7 +20,10 @@ _TORCHRUN_PORT = 29500  # the default of torchrun and of most launch scripts
 
 
 def check_launch(setup: Setup) -> Verdict:
-    launch = Launch.from_environ(setup.environ)
+    try:
+        launch = Launch.from_environ(setup.environ)
+    except ConfigurationError as error:
+        return Level.PROBLEM, str(error), None
     reason = launch.reason_not_to_kill()
     rank = "" if launch.rank is None else f", rank {launch.rank} of {launch.world_size or '?'}"
     if reason is None:

@@ -18,6 +18,7 @@ from orchard_infra.cli.doctor.base import (
 )
 from orchard_infra.cli.doctor.file_systems import file_system_at, read_mountinfo
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.locks.file import refuse_foreign
 from orchard_infra.runs.record import RunState, leader_is_dead, read_record
 from orchard_infra.runs.registry import RunRegistry
 from orchard_infra.system import files
@@ -113,16 +114,10 @@ def _judge_existing(path: Path, fd: int) -> Verdict:
                 "orchard-infra clean; the next run takes it over",
             )
         return Level.OK, f"held, or left, by {record.describe()}"
-    file = os.fstat(fd)
-    if hasattr(os, "geteuid") and file.st_uid != os.geteuid():
-        return Level.PROBLEM, f"{path} belongs to {files.owner_name(file.st_uid)}", _ANOTHER
-    blank = not files.read_bounded(fd, 4096).strip(b"\0 \t\r\n0123456789")
-    if not blank:
-        return (
-            Level.PROBLEM,
-            f"{path} is no lock file: it has {file.st_size} bytes of its own",
-            f"{_ANOTHER}, or remove it",
-        )
+    try:
+        refuse_foreign(fd, path)
+    except InfrastructureError as error:
+        return Level.PROBLEM, str(error), None
     return Level.OK, f"{path} is free"
 
 

@@ -21,7 +21,7 @@ from orchard_infra.cli.run.waiting import WaitingHandler
 from orchard_infra.config import Settings
 from orchard_infra.environment import Environment
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
-from orchard_infra.launch import Launch
+from orchard_infra.launch import this_launch
 from orchard_infra.locks.file import FileLock
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor
 from orchard_infra.session import Session
@@ -94,24 +94,27 @@ class ProtectedCommand:
     def _carry_out(self, began: float) -> int:
         supervisor = Supervisor(tell)
         session = self._session()
-        with interruptible(), _shown(session):
-            env = session.prepare()
-            supervisor.begin()  # from here on nothing interrupts us
-        self.report["joined"] = env.joined
-        self.report["run_id"] = env.run.run_id
-        self.report["waited_seconds"] = round(time.monotonic() - began, 3)
-        try:
-            return self._supervise(supervisor, session)
-        finally:
-            self.report["lock_lost"] = env.lock_lost
-            with contextlib.suppress(ReleaseError):  # each failure was logged, and so told
-                session.close()
+        with interruptible():
+            try:
+                with _shown(session):
+                    env = session.prepare()
+                    supervisor.begin()  # from here on nothing interrupts us
+                self.report["joined"] = env.joined
+                self.report["run_id"] = env.run.run_id
+                self.report["waited_seconds"] = round(time.monotonic() - began, 3)
+                status = self._supervise(supervisor, session)
+                self.report["lock_lost"] = env.lock_lost
+                return status
+            finally:
+                # What fails there was logged, and so told.
+                with contextlib.suppress(ReleaseError):
+                    session.close()
 
     def _session(self) -> Session:
         logger = logging.Logger("orchard-infra", logging.INFO)
         return Session(
             settings=self.settings,
-            launch=Launch.from_environ(os.environ),
+            launch=this_launch(),
             logger=logger,
             sanitizer=_Sanitizer(self.grace),
             locker=FileLock(),
