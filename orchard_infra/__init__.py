@@ -3,11 +3,11 @@
     with managed_environment("digits") as env:
         train(env)
 
-On the way in it takes the project's lock and stops the ghosts of earlier runs; on the way out,
-however that comes, it flushes device caches, removes temporary files and releases the lock.
-`managed_environment` is the front door; behind it `InfrastructureManager` composes one strategy
-for each job: `GhostSanitizer`, `FileLock`, `TorchCacheFlusher`, `TemporaryArtifacts` and
-`SignalStop`. Bring your own for any of them, or None.
+Before the block it takes the project's lock, and stops ghosts of earlier runs where you allow it.
+However the block ends, it flushes device caches, removes temporary files and releases the lock.
+`managed_environment` is the front door. Behind it `InfrastructureManager` has one strategy for each
+job: `GhostSanitizer`, `FileLock`, `TorchCacheFlusher`, `TemporaryArtifacts` and `SignalStop`. Put
+your own or None in the place of any of them, and add others as ``extras``.
 """
 
 from importlib import import_module
@@ -30,8 +30,8 @@ def __getattr__(name: str) -> object:
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("_") and name != "__all__":
         raise missing
-    # A module first, and only itself: `from orchard_infra import errors` comes here, too, and to
-    # load all of the package for that made a circle of imports.
+    # A module comes first, and is loaded alone. `from orchard_infra import errors` comes here, too:
+    # to load the whole package for that was a circle of imports.
     if find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")
     public = import_module("orchard_infra._public")

@@ -1,4 +1,4 @@
-"""Every public name, gathered for `orchard_infra` to hand out when one is first asked for."""
+"""Every public name. `orchard_infra` loads this module when the first of them is used."""
 
 from orchard_infra.artifacts.temporary import TemporaryArtifacts
 from orchard_infra.config import EnvironmentConfig, HardwareAwareConfig, HardwareConfig

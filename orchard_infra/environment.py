@@ -51,7 +51,7 @@ class Environment:
 
     ``tmp_dir`` goes away with the run; None where no cleaner keeps one. ``joined`` says that this
     process was started by the run that holds the lock, and takes part in it. ``is_leader`` is False
-    in a rank other than 0 of a distributed job: such a one neither locks nor sanitizes.
+    in a rank other than 0 of a distributed job, which neither locks nor sanitizes.
 
     A copy of an environment is the environment itself: `copy.deepcopy` of an object that contains
     one, or `dataclasses.asdict`, must not give its lock away. In another process a pickled one
@@ -130,7 +130,7 @@ class Environment:
     def request_stop(self, reason: str, signum: Signals | None = None) -> None:
         """Ask the run to stop, from any thread or signal handler. Nothing is raised into it.
 
-        The first request counts. Whether the body looks at `stop_requested` is its own affair.
+        The first request counts, later ones change nothing. The body sees it in `stop_requested`.
         """
         # In a signal handler nothing may be logged or locked: the background thread does it.
         if self._requested is None:
@@ -155,7 +155,7 @@ class Environment:
             raise
 
     def close(self) -> None:
-        """Release this environment, and no other one. Twice is once.
+        """Release this environment, and no other one. A second call does nothing.
 
         For one that was made by `managed_environment.open` or `prepare_environment`.
 
@@ -182,7 +182,7 @@ class Environment:
         self._before_release.append(step)
 
     def lose(self, error: LockLostError) -> None:
-        """Note that the lock is lost. A run is asked to stop then, and never interrupted."""
+        """Note that the lock is lost, and ask the run to stop. It is not interrupted."""
         if self._lost is not None:
             return
         self._lost = error
@@ -203,8 +203,10 @@ class Environment:
 
     @property
     def dead_runs(self) -> Sequence[RegisteredRun]:
-        """Runs that are over and of which no process lives: what they left may be removed. Looked
-        for once; the records go when the environment is ready, unless the run's files stay.
+        """Runs that are over and of which no process lives: what they left may be removed.
+
+        They are looked up once. When the environment is ready, their records are removed as well,
+        except for those of runs whose directory is still there.
         """
         if self._dead is None:
             self._dead = self.registry.dead_runs(without=self.run.run_id)
@@ -213,7 +215,6 @@ class Environment:
     def _announce(self) -> None:
         request = self._requested
         if request is not None:
-            # Records of the standard library: a logger that is no `logging.Logger` takes them too.
             self.logger.warning("stop requested: %s", request.reason)
             self._callbacks.call(request)
 

@@ -1,4 +1,4 @@
-"""The ways back of context managers that do not know each other."""
+"""A stack of context managers that do not know each other, and must not harm each other."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TRIES = 100  # to begin a step: a signal that waited is raised before it has be
 
 
 class Exits:
-    """The ways back of strategies of different authors, in reverse order.
+    """Leaves strategies of different authors in reverse order.
 
-    A bare `contextlib.ExitStack` lets one that fails hide the error of the body from those around
-    it, and one that swallows an error swallow the body's. Here each ``__exit__`` is given the
+    In a bare `contextlib.ExitStack` one that fails hides the error of the body from those around
+    it, and one that swallows an error swallows the body's. Here each ``__exit__`` is given the
     body's own error; what it returns is ignored, and what it raises is collected in ``failures``.
     """
 
@@ -32,7 +32,7 @@ class Exits:
     def enter(
         self, name: str, manager: AbstractContextManager[_T], *, is_short: bool = False
     ) -> _T:
-        """Enter a context manager. A Ctrl-C that comes meanwhile is raised when it is entered, and
+        """Enter a context manager. A Ctrl-C that comes meanwhile is raised once it is entered, and
         not half-way. One that ``is_short`` is not interrupted on the way back either.
         """
         entered = False

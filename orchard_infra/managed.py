@@ -39,8 +39,9 @@ class managed_environment:
 
     ``async with`` waits for the lock without blocking the event loop.
 
-    As a decorator it holds the environment while the body of the function runs, at every call
-    anew: for coroutines until they return, for generators until they are exhausted or closed.
+    As a decorator it makes a new environment for each call, and holds it while the body of the
+    function runs: for coroutines until they return, for generators until they are exhausted or
+    closed.
 
     >>> @managed_environment("digits")
     ... def train():
@@ -119,14 +120,14 @@ class managed_environment:
         self.__exit__(kind, error, traceback)
 
     def open(self) -> Environment:
-        """Enter the environment without a block, for `close` to release; a program's end does, too.
+        """Enter the environment without a block. `close` releases it, or else the program's end.
 
-        Where the handle got lost, `orchard_infra.current_environments` has it.
+        When the handle got lost, `orchard_infra.current_environments` has it.
         """
         return self.__enter__()
 
     def close(self) -> None:
-        """Release what `open` has entered. Twice is once.
+        """Release what `open` has entered. A second call does nothing.
 
         Raises:
             ReleaseError: Steps failed.
@@ -144,7 +145,7 @@ class managed_environment:
                     try:
                         item = await inner.__anext__()
                         while True:
-                            # Nothing but the yield is tried: what the caller throws goes in.
+                            # Only the yield: what the caller throws goes into the generator.
                             try:
                                 sent = yield item
                             except GeneratorExit:
@@ -190,7 +191,7 @@ class managed_environment:
         )
 
     def _new_session(self) -> Session | _ForeignSession:
-        """Kept before it is prepared: a Ctrl-C right after that must find it."""
+        """The session is kept before it is prepared: a Ctrl-C right after that must find it."""
         if self._session is not None:
             raise InfrastructureError(
                 "this managed_environment is entered already; make one for each with-block"
@@ -209,7 +210,7 @@ class managed_environment:
 
 
 def _is_ours(manager: object) -> TypeGuard[InfrastructureManager]:
-    """Not a subclass that prepares or releases in its own way."""
+    """Whether it is our manager, and no subclass that prepares or releases in its own way."""
     if not isinstance(manager, InfrastructureManager):
         return False
     kind = type(manager)
@@ -257,7 +258,7 @@ class _ForeignSession:
 
 
 def _is_coroutine_function(function: object) -> bool:
-    """Also an object whose ``__call__`` is one."""
+    """Whether calling it makes a coroutine, also for an object with an async ``__call__``."""
     return inspect.iscoroutinefunction(function) or (
         not inspect.isroutine(function)
         and inspect.iscoroutinefunction(getattr(type(function), "__call__", None))  # noqa: B004

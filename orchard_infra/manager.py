@@ -70,7 +70,7 @@ def _is_lock(instance: object, attribute: attrs.Attribute[Any], value: object) -
 def _are_strategies(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     for one in value:
         if one is None:
-            raise TypeError(f"{attribute.name} must hold strategies; None is none")
+            raise TypeError(f"{attribute.name} must contain strategies only, and None is not one")
         _is_strategy(instance, attribute, one)
 
 
@@ -146,7 +146,8 @@ class InfrastructureManager:
     def prepare_environment(
         self, cfg: HardwareAwareConfig | str, logger: logging.Logger | None = None
     ) -> Environment:
-        """Make the machine ready for a run; all or nothing. To be released by hand.
+        """Make the machine ready for a run, entirely or not at all. `release_resources`, or
+        `Environment.close`, releases it.
 
         Raises:
             ConfigurationError: ``cfg`` cannot be used; nothing was touched.

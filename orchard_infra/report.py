@@ -38,8 +38,9 @@ class Finding:
 class SanitizeReport:
     """What became of the processes that were looked at.
 
-    ``stopped`` left when asked, ``killed`` had to be; ``denied`` could not be signalled, or did
-    not go even then (uninterruptible sleep).
+    ``stopped`` ended after SIGTERM, ``killed`` after SIGKILL. ``spared`` were left alone, each with
+    the reason. ``defunct`` are dead, and wait to be reaped. ``denied`` could not be signalled, or
+    did not even end after SIGKILL (uninterruptible sleep).
     """
 
     stopped: tuple[Finding, ...] = ()
