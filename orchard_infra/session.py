@@ -1,7 +1,7 @@
 """One environment from prepare to release: every strategy entered in order, and left again.
 
-This is the only place that has the order of the steps: ``with``, ``async with``, the decorator,
-prepare and release by hand and `orchard-infra run` all go through it.
+The order of the steps is here and nowhere else. ``with``, ``async with``, the decorator, prepare
+and release by hand and `orchard-infra run` all use it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Session:
             self._exits.callback("stop requests", env._end)
         if self.stopper is not None:
             self._exits.enter("signal handlers", self.stopper.around(env), is_short=True)
-        if self.stopper is None:  # which would wait for them
+        if self.stopper is None:  # a stopper waits for them itself
             env.before_release(functools.partial(env.wait_for_callbacks, _CALLBACKS))
         if joined is None:
             yield from self._enter_run()
@@ -201,8 +201,8 @@ class Session:
         return env
 
     def _give_up(self, steps: Generator[Pause, None, None], error: BaseException) -> None:
-        """What was entered is left. A signal that came meanwhile is raised: who waits for the lock
-        by trying again would never know of it.
+        """Leave what was entered, and raise a signal that came meanwhile. A caller that catches the
+        error of a lock, and tries again, would never know of that signal.
         """
         with uninterrupted():
             self._exits.attempt("wait for the lock", steps.close)
@@ -213,14 +213,15 @@ class Session:
 
     @property
     def is_closed(self) -> bool:
-        """Whether the release has begun: it is carried out to its end then."""
+        """Whether the release has begun. It is carried out to its end then."""
         return self._closed
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave everything. Twice is once; in a forked child nothing is done, it is its parent's.
+        """Leave everything. A second call does nothing, and nor does one in a forked child, where
+        the environment is that of the parent.
 
-        ``error`` is what the body ended with. Raises nothing in its place, except for a signal that
-        asks the program to stop: a sweep that catches the errors of its trials must end then.
+        ``error`` is what the body ended with. Nothing is raised in its place, except for a signal
+        that asks the program to stop: a sweep that catches the errors of its trials must end then.
 
         Raises:
             ReleaseError: Steps failed, and the body did not.
@@ -271,15 +272,15 @@ class Session:
         """Raise the signal that came during the release, unless the program is ending anyway."""
         failures = self._exits.failures
         stop = next((f for f in failures if not isinstance(f, Exception)), None)
-        # Who catches a Ctrl-C, such as a notebook, does not mean to catch a SIGTERM.
+        # A notebook that catches a Ctrl-C does not mean to catch a SIGTERM.
         if stop is None or isinstance(error, SystemExit) or type(stop) is type(error):
             return
         stop.__context__ = error
         raise stop
 
     def _leave_registry(self) -> None:
-        """The last that is said of the run: it ended, or its release failed and whoever comes next
-        has to clean up after it.
+        """Put on record how the run ended: well, or with a release that failed, so that the next
+        run has to clean up.
         """
         registration = self._registration
         if registration is None:
@@ -297,8 +298,8 @@ class Session:
         return bool(self._exits.failures) or any(one is not None and one.failures for one in left)
 
     def descriptors(self) -> list[int]:
-        """The descriptors that keep the run on record and its lock held. For a child that is to
-        hold them, too: it goes on when this process is killed, and then the lock must not go free.
+        """The descriptors that keep the run on record and its lock held. A child that holds them,
+        too, keeps the lock when this process is killed and the child goes on.
         """
         holders = (self._registration, self.env._lease)
         return [one.fileno() for one in holders if one is not None and hasattr(one, "fileno")]
@@ -365,8 +366,8 @@ class Session:
         return [one for _, one in Membership(registry.runs()).survivors([run])]
 
     def _forget_dead_runs(self, registry: RunRegistry) -> None:
-        """Drop the records of runs that are dead, as far as nothing of them is left: a record is
-        what proves whose the leftovers are.
+        """Remove the records of dead runs of which nothing is left. As long as something is left,
+        the record proves whose it is.
         """
         for run in self.env.dead_runs:
             if not os.path.lexists(run.record.tmp_dir or ""):
@@ -379,8 +380,8 @@ class Session:
         return _TEND if lease is None else min(_TEND, lease.interval)
 
     def _tend(self, task: Task) -> None:
-        """In the background: keep cleaners of old files away, and write down who our processes are,
-        for the case that this one is killed.
+        """In the background: keep cleaners of old files away, and write down our processes, in case
+        this one is killed.
         """
         task.due = time.monotonic() + self._interval
         registration = self._registration
@@ -459,14 +460,14 @@ def open_sessions() -> tuple[Session, ...]:
 def current_environments() -> tuple[Environment, ...]:
     """The environments that this process is in, the oldest first.
 
-    For a notebook in which the handle of one got lost: ``current_environments()[-1].close()``.
+    For a notebook that has lost the handle of one: ``current_environments()[-1].close()``.
     """
     return tuple(session.env for session in open_sessions())
 
 
 @functools.cache
 def _close_at_exit() -> None:
-    """For a run that is prepared by hand, and for a signal that comes before the release."""
+    """For runs that were prepared by hand, and for a signal that comes before the release."""
     atexit.register(_close_all)
 
 
