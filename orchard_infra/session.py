@@ -20,10 +20,11 @@ import attrs
 
 from orchard_infra.config import Settings
 from orchard_infra.environment import Environment, Strategy
-from orchard_infra.errors import EnvironmentLockedError, ReleaseError
+from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
 from orchard_infra.exits import Exits
 from orchard_infra.following import Job
 from orchard_infra.launch import Launch
+from orchard_infra.locks import queue
 from orchard_infra.locks.acquiring import Pause, acquiring
 from orchard_infra.locks.base import Lease, Lock, LockKey
 from orchard_infra.locks.keeper import Keeper
@@ -146,7 +147,6 @@ class Session:
             else:
                 yield from job.follow(self.locker, self._key)
         registration.update(env.run, RunState.RUNNING)
-        registration.note_members()
         with uninterrupted():
             task = Task(lambda: None, time.monotonic() + self._interval)
             task.run = functools.partial(self._tend, task)
@@ -372,6 +372,8 @@ class Session:
         for run in self.env.dead_runs:
             if not os.path.lexists(run.record.tmp_dir or ""):
                 registry.remove(run)
+            if run.record.lock is not None:  # it may have been killed while it waited
+                queue.forget_dead(Path(run.record.lock))
         registry.collect_unnamed()
 
     @property
@@ -384,14 +386,15 @@ class Session:
         this one is killed.
         """
         task.due = time.monotonic() + self._interval
-        registration = self._registration
-        if registration is None:
-            return
-        registration.touch()
-        registration.note_members()
-        if self.env.tmp_dir is not None:
-            with contextlib.suppress(OSError):  # somebody has removed it
-                os.utime(self.env.tmp_dir, follow_symlinks=False)
+        registration, tmp_dir = self._registration, self.env.tmp_dir
+        # A full disk, no descriptors, or somebody who has removed them: it may be better next time.
+        with contextlib.suppress(OSError, InfrastructureError):
+            if registration is not None:
+                registration.touch()
+                registration.note_members()
+        with contextlib.suppress(OSError):
+            if tmp_dir is not None:
+                os.utime(tmp_dir, follow_symlinks=False)
 
     def _tell_prepared(self, env: Environment) -> None:
         if not self.logger.isEnabledFor(logging.INFO) or env.joined:

@@ -224,6 +224,16 @@ def _directory_for(lock_path: Path) -> str:
     return os.path.join(files.runtime_dir(), _QUEUES, name)
 
 
+def forget_dead(lock_path: Path) -> None:
+    """Remove the tickets of waiters that were killed, unless somebody waits who will."""
+    try:
+        directory = _directory_for(lock_path)
+    except OSError:
+        return
+    if os.path.isdir(directory):
+        _tidy(directory)
+
+
 def _tidy(directory: str) -> None:
     """Who leaves last removes the directory, with the tickets of those who were killed."""
     try:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from locking import Line, exit_status, forked, holder_of, line, take, tickets
+from orchard_infra import managed_environment
 from orchard_infra.errors import EnvironmentLockedError
 from orchard_infra.locks import queue
 from orchard_infra.locks.base import LockKey
@@ -166,6 +167,22 @@ def test_the_ticket_of_one_who_is_killed_is_removed_while_others_wait(tmp_path):
     with line(tmp_path, waiters=3) as (waiting, _):
         waiting.send(0, signal.SIGKILL)
         wait_until(lambda: len(tickets()) == 2)
+
+
+def test_the_next_run_removes_the_tickets_of_waiters_that_were_killed(tmp_path, runtime_directory):
+    """Although it does not wait itself, and nobody else does."""
+
+    def wait() -> None:
+        del os.environ["ORCHARD_INFRA_RUN_ID"]  # else it would join the run that has forked it
+        managed_environment("digits", timeout=None).open()
+
+    with managed_environment("digits"), forked(wait) as waiter:
+        wait_until(lambda: len(tickets()) == 1)
+        os.kill(waiter, signal.SIGKILL)
+        exit_status(waiter)
+    assert len(tickets()) == 1
+    with managed_environment("digits"):
+        assert list((runtime_directory / "queues").iterdir()) == []
 
 
 def test_a_run_that_takes_the_lock_again_and_again_starves_nobody(tmp_path):
