@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import attrs
 
-from orchard_infra.errors import LockLostError
+from orchard_infra.errors import InfrastructureError, LockLostError
+from orchard_infra.launch import Launch
 from orchard_infra.locks.base import Lease
 from orchard_infra.report import Report
 from orchard_infra.runs.record import RunRecord, RunState, Survivor
@@ -60,7 +61,8 @@ class Environment:
     For strategies: ``registry`` has all runs on record. ``allow_process_kill`` is what the
     configuration says; ``reason_not_to_kill`` says why no process of an earlier run may be stopped,
     shared compute included, and is None when it may be. ``command`` is what the run executes where
-    that is not this very process.
+    that is not this very process. ``launch`` is how this process was launched; unlike ``run.job``
+    it is right in a process that joined a run, too.
     """
 
     run: RunRecord
@@ -74,6 +76,7 @@ class Environment:
     allow_process_kill: bool = attrs.field(default=False, repr=False)
     reason_not_to_kill: str | None = attrs.field(default="allow_process_kill is False", repr=False)
     command: tuple[str, ...] | None = attrs.field(default=None, repr=False)
+    launch: Launch = attrs.field(factory=Launch, repr=False)
     _lease: Lease | None = attrs.field(default=None, repr=False)
     _registration: Registration | None = attrs.field(default=None, repr=False)
     _clear_dead: Callable[[RunRecord], Sequence[Survivor]] | None = attrs.field(
@@ -84,6 +87,8 @@ class Environment:
     _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
     _lost: LockLostError | None = attrs.field(default=None, init=False, repr=False)
     _requested: StopRequest | None = attrs.field(default=None, init=False, repr=False)
+    _signals_raise: bool = attrs.field(default=False, init=False, repr=False)  # so says the stopper
+    _agreed: bool = attrs.field(default=False, init=False, repr=False)
     _callbacks: Callbacks[StopRequest] = attrs.field(init=False, repr=False)
     _announcement: Task = attrs.field(init=False, repr=False)
 
@@ -116,6 +121,37 @@ class Environment:
         For a loop that finishes its step and saves a checkpoint first.
         """
         return self._requested
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank of this job was asked to stop: the same answer on all of them.
+
+        Collective: every rank calls it, once a step or every n steps. As soon as one was asked, it
+        is True on all of them at the same call, so that no rank is left alone in the middle of a
+        step. From then on it is True without asking anybody, and `stop_requested` is set, too.
+
+        It asks the default group of `torch.distributed`, with one number in main memory. A group
+        that cannot do that, such as one of NCCL alone, gets one of gloo beside it at the first
+        call. Without an initialised group it is `stop_requested`.
+
+        Raises:
+            InfrastructureError: The stopper has ``mode="raise"``; or a rank has ended, or did not
+                call this within the group's timeout.
+        """
+        if self._signals_raise:
+            raise InfrastructureError(
+                'agree_to_stop needs InfrastructureManager(stopper=SignalStop(mode="flag")): with '
+                'mode="raise" a rank that gets a signal leaves its loop, and the other ranks would '
+                "wait for it"
+            )
+        if not self._agreed:
+            from orchard_infra.system.collective import any_rank
+
+            asked = any_rank(self._requested is not None)
+            if asked is None:
+                return False
+            self._agreed = True
+            self.request_stop(f"rank {asked} of this job was asked to stop")
+        return True
 
     def on_stop(self, callback: Callable[[StopRequest], object]) -> None:
         """Have ``callback`` called in another thread once a stop is requested, or now if it is.

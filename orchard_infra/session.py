@@ -332,6 +332,7 @@ class Session:
             allow_process_kill=self.settings.allow_process_kill,
             reason_not_to_kill=reason or self.launch.reason_not_to_kill(),
             command=self.command,
+            launch=self.launch,
             clear_dead=self._clear_dead,
             closer=self.close,
         )

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import attrs
 
 from orchard_infra.environment import Environment
+from orchard_infra.stopping import blocked
 from orchard_infra.stopping.takeover import Takeover, is_bad_moment, is_forking, takeover_of
 from orchard_infra.system import background
 from orchard_infra.system.background import Task
@@ -31,6 +32,9 @@ from orchard_infra.system.masking import is_in_main_thread, uninterrupted
 
 _AGAIN = 0.1  # seconds until a signal that a blocking call slept through is sent again
 _SOON = 0.02  # seconds until one that came at a bad moment is
+_ONE_REQUEST = 5.0  # seconds in which the same signal again means nothing new, in a job
+_RANK_BLOCKED = 30.0  # seconds that a rank may be deaf, the default
+_LOOK = 1.0  # seconds between two looks at a main thread that may be deaf
 
 
 class RunStopped(SystemExit):
@@ -69,7 +73,8 @@ def _catchable(instance: object, attribute: attrs.Attribute[Any], signals: Itera
 class SignalStop:
     """Turns signals into a graceful stop.
 
-    ``mode="raise"`` raises `RunStopped` in the main thread. Ctrl-C is left to Python.
+    ``mode="raise"`` raises `RunStopped` in the main thread. Ctrl-C is left to Python, except in a
+    rank of a job, see below.
     ``mode="flag"`` only sets ``env.stop_requested`` at the first signal or Ctrl-C. It raises at
     the second one, or when ``deadline`` seconds have passed: `RunStopped`, or `KeyboardInterrupt`
     for Ctrl-C.
@@ -82,6 +87,20 @@ class SignalStop:
     A stop is never lost. One that arrived during the release of a run that failed is raised after
     it, with the error of the run as its context: a sweep that catches the errors of its trials
     ends all the same.
+
+    In a rank of a distributed job the same signal again, within 5 s, is no second one: a launcher
+    passes on what its ranks got as well, and so do schedulers. There ``mode="raise"`` takes Ctrl-C
+    over, too, and raises `KeyboardInterrupt` once. A process of a scheduler's job that is no rank
+    is spared the second signal in the same way, but not the second Ctrl-C: that is a person.
+
+    Handlers run in Python only. A main thread that hangs in C, in a collective whose peer has gone,
+    is deaf. If it has not come back to Python ``blocked_limit`` seconds after a signal, the default
+    action of the signal ends the process; what it leaves is cleared up by the next prepare. None
+    means 30 s for ranks of a job with ``mode="raise"``, and never for all others; `math.inf` means
+    never. A single call into C that takes longer is ended, too. One that comes back to Python now
+    and then is not, nor one that waits in Python's own way (`time.sleep`, a lock, a socket). It
+    works on Linux, while nobody else, such as an event loop, has Python's wakeup fd (see
+    `signal.set_wakeup_fd`), and if the main thread does not keep the GIL.
 
     Only default handlers are replaced, and put back at the end. A handler of somebody else
     (Lightning, submitit, a notebook, or one that a C library installed) stays, and so does an
@@ -101,6 +120,9 @@ class SignalStop:
         factory=_default_signals, converter=_to_signals, validator=_catchable
     )
     hold_limit: float = attrs.field(default=30.0, validator=attrs.validators.ge(0))
+    blocked_limit: float | None = attrs.field(
+        default=None, validator=attrs.validators.optional(attrs.validators.gt(0))
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.deadline is not None and self.mode != "flag":
@@ -132,10 +154,15 @@ class SignalWatch(Takeover):
     _held: list[int] = attrs.field(factory=list, init=False)
     _deadline: float = attrs.field(default=math.inf, init=False)
     _again: float = attrs.field(default=math.inf, init=False)  # when what is held is sent again
+    _heeded: dict[int, float] = attrs.field(factory=dict, init=False)  # when, by signal
+    _nudged: set[int] = attrs.field(factory=set, init=False)  # signals sent to a deaf main thread
+    _listens: bool = attrs.field(default=False, init=False)
     _task: Task = attrs.field(init=False)
+    _lookout: Task = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._task = Task(self._signal_if_due)
+        self._lookout = Task(self._look_at_main_thread)
 
     def __enter__(self) -> None:
         """Take over the default handlers, all or none, also when a signal arrives meanwhile.
@@ -190,7 +217,9 @@ class SignalWatch(Takeover):
 
     def _start(self) -> None:
         self.env.before_release(self.hold)
-        ctrl_c = (signal.SIGINT,) if self.config.mode == "flag" else ()
+        self.env._signals_raise = self.config.mode == "raise"
+        takes_ctrl_c = self.config.mode == "flag" or self._is_rank
+        ctrl_c = (signal.SIGINT,) if takes_ctrl_c else ()
         problem: object = None
         if not is_in_main_thread():
             problem = "signals reach the main thread only"
@@ -200,6 +229,7 @@ class SignalWatch(Takeover):
             try:
                 for signum in self.take_over((*self.config.signals, *ctrl_c)):
                     self.env.logger.debug("%s has another handler, which stays", signum.name)
+                self._listen()
             except ValueError as error:  # a subinterpreter
                 problem = error
         if problem is not None:
@@ -213,15 +243,47 @@ class SignalWatch(Takeover):
         finally:  # a last signal may have come before it could be held
             self._hold_until = math.inf
             background.remove(self._task)  # nothing is sent any more: it would end the process
+            if self._listens:
+                background.remove(self._lookout)
+                blocked.stop_listening()
             self._held += [signum for signum in self.give_back() if signum not in self._held]
             late = self._deliver()
         return late
+
+    @property
+    def _is_rank(self) -> bool:
+        return self.env.launch.launcher is not None or self.env.run.job is not None
+
+    @property
+    def _blocked_limit(self) -> float:
+        limit = self.config.blocked_limit
+        if limit is not None:
+            return limit
+        return _RANK_BLOCKED if self._is_rank and self.config.mode == "raise" else math.inf
+
+    def _listen(self) -> None:
+        """Begin to look whether the main thread is deaf."""
+        if self._blocked_limit == math.inf or sys.platform != "linux":
+            return
+        try:
+            blocked.listen()
+        except OSError as error:
+            self.env.logger.debug("blocked_limit is not watched: %s", error)
+            return
+        self._listens = True
+        self._lookout.due = time.monotonic() + self._look_every
+        background.add(self._lookout)
 
     # What runs in a handler.
 
     def act(self, signum: int, frame: FrameType | None) -> None:
         """See `Takeover.act`."""
         watches = [self, *self._around(signum)]
+        if self._is_repeated(signum):
+            for watch in watches:
+                if signum in watch._held:  # it was put off
+                    watch._held.remove(signum)
+            return
         for watch in watches:
             if watch._must_hold(signum):
                 watch._hold_back(signum, watch._hold_until if watch._holding else math.inf)
@@ -231,6 +293,7 @@ class SignalWatch(Takeover):
             for watch in watches:
                 watch._note(signum)
             if first and self.config.mode == "flag":
+                self._heed(signum, watches)
                 return
         now = time.monotonic()
         self._tried_since = min(self._tried_since, now)
@@ -250,6 +313,24 @@ class SignalWatch(Takeover):
 
     def _around(self, signum: int) -> list[SignalWatch]:
         return [watch for watch in self.around(signum) if isinstance(watch, SignalWatch)]
+
+    def _is_repeated(self, signum: int) -> bool:
+        """Whether this one means nothing new. slurmstepd and the launcher both send it; the second
+        one cost the checkpoint.
+        """
+        launch = self.env.launch
+        once = self._is_rank or (launch.shared_compute and signum != signal.SIGINT)
+        if not once and signum not in self._nudged:
+            return False
+        deadline = self.config.deadline  # when it passes, the signal is sent again
+        lasts = _ONE_REQUEST if deadline is None else min(_ONE_REQUEST, deadline)
+        return time.monotonic() < self._heeded.get(signum, -math.inf) + lasts
+
+    @staticmethod
+    def _heed(signum: int, watches: Iterable[SignalWatch]) -> None:
+        now = time.monotonic()
+        for watch in watches:
+            watch._heeded[signum] = now
 
     def _must_hold(self, signum: int) -> bool:
         # A launcher passes on the signal that its children got as well. The second one would break
@@ -279,6 +360,7 @@ class SignalWatch(Takeover):
             watch._raised = True
             watch._hold_until = time.monotonic() + watch.config.hold_limit
             watch._under_way = lambda: True  # first: the next signal may interrupt us here
+        self._heed(signum, watches)
         error = KeyboardInterrupt() if signum == signal.SIGINT else RunStopped(signum)
         under_way = weakref.ref(error) if isinstance(error, RunStopped) else lambda: None
         for watch in watches:
@@ -352,3 +434,41 @@ class SignalWatch(Takeover):
             _thread.interrupt_main(signum)
         else:
             signal.pthread_kill(threading.main_thread().ident or 0, signum)
+
+    @property
+    def _look_every(self) -> float:
+        return min(_LOOK, self._blocked_limit / 4)
+
+    def _look_at_main_thread(self) -> None:
+        """In the background thread: end a process whose main thread is deaf."""
+        self._lookout.due = time.monotonic() + self._look_every
+        unanswered = blocked.unanswered()
+        self._nudged &= unanswered.keys()
+        for signum, seconds in unanswered.items():
+            # A handler that somebody has put over ours is their affair.
+            if takeover_of(signal.getsignal(signum)) is not self:
+                continue
+            if signum not in self._nudged and seconds >= self._blocked_limit - self._look_every:
+                # Once more, to that very thread: if another one got the first, a call in which
+                # Python waits was not interrupted.
+                self._nudged.add(signum)
+                signal.pthread_kill(threading.main_thread().ident or 0, signum)
+            elif seconds >= self._blocked_limit:
+                self._end_deaf(signum, seconds)
+
+    def _end_deaf(self, signum: int, seconds: float) -> None:
+        told = threading.Thread(
+            target=self.env.logger.error,
+            args=(
+                "%s ends this process by its default action: for %.0f s the main thread has not "
+                "come back to Python, it is %s. The next run clears up",
+                *(Signals(signum).name, seconds, blocked.where_main_thread_is()),
+            ),
+            daemon=True,
+        )
+        try:
+            told.start()
+            told.join(1.0)  # the main thread may hang in a log handler
+        except RuntimeError:  # no thread is to be had
+            pass
+        blocked.end_by_default(signum)

@@ -22,6 +22,7 @@ from typing import Any
 
 import attrs
 
+from orchard_infra.stopping import blocked
 from orchard_infra.system.masking import is_in_main_thread, keep_away, uninterrupted
 
 # Where a lock changes hands without a `with`.
@@ -144,6 +145,7 @@ class Takeover:
         return _living(self._previous.get(signum, signal.SIG_DFL), signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        blocked.answer(signum)
         if self.is_live:
             # Handlers interrupt each other: those of a storm of signals would pile up until
             # Python's recursion limit. A time, since a Ctrl-C may take the way back from us.
