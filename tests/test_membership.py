@@ -98,6 +98,9 @@ RUN = """
                 os.closerange(3, 1000)
             case "note":
                 registration.note_members()
+            case "another run":
+                other = RunRegistry().register(describe_this_run("letters"))
+                other.note_members()
             case "end":
                 registration.end()
         print("done", line, end="", flush=True)
@@ -424,6 +427,14 @@ KINDS = {
 def test_what_a_crashed_run_left_is_a_worker_a_program_or_detached(tmp_path):
     run = start(tmp_path, *KINDS, "executed, opted out")
     run.do("note")
+    run.kill_leader()
+    assert kinds(tmp_path) == {run.pids[kind]: expected for kind, expected in KINDS.items()}
+
+
+def test_of_two_runs_of_one_program_the_one_counts_whose_id_a_process_carries(tmp_path):
+    """Also if the other one, in another thread, began later and has written it down."""
+    run = start(tmp_path, *KINDS)
+    run.do("another run")
     run.kill_leader()
     assert kinds(tmp_path) == {run.pids[kind]: expected for kind, expected in KINDS.items()}
 

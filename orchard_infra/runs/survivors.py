@@ -188,12 +188,9 @@ class _Search:
                 return self.held[file], _FORKED
         started_in = self.by_id.get(run_id or "")
         written_by = self.written_down.get(identity)
-        # In a run within another one, a fork shows the id that its program was started with.
-        if written_by is not None and (
-            started_in is None or written_by.record.started_at > started_in.record.started_at
-        ):
-            return written_by, _WRITTEN_DOWN
-        return started_in, _STARTED
+        if written_by is None or (started_in is not None and _is_inside(started_in, written_by)):
+            return started_in, _STARTED
+        return written_by, _WRITTEN_DOWN
 
     def _left_session(self, pid: int, row: Row, run: RegisteredRun) -> bool:
         """Whether a process is in another session than its program was."""
@@ -203,6 +200,16 @@ class _Search:
         if row.session in (0, pid):
             return row.session == pid
         return row.session not in self.table or self.look(row.session) is not None
+
+
+def _is_inside(run: RegisteredRun, other: RegisteredRun) -> bool:
+    """Whether a run is the inner one of two, so that its id counts. In a run within another one,
+    a fork shows the id that its program was started with. Of the runs of one program each writes
+    down what the others started.
+    """
+    if run.record.leader == other.record.leader:
+        return True
+    return run.record.started_at >= other.record.started_at
 
 
 def _is_fork(record: RunRecord, cmdline: bytes, environ: bytes | None) -> bool:
