@@ -80,7 +80,12 @@ TRAIN = """
 # Forks commands that have loaded everything: the modules of the command line take longer to load
 # than most commands run.
 _server: list[ForkServer] = []
-_MAIN = "import sys; from orchard_infra.cli import main; sys.exit(main())"
+_MAIN = """
+import os, sys
+from orchard_infra.cli import main, status
+status._SAMPLE = float(os.environ.get("SAMPLE", "0"))  # seconds to measure processor time
+sys.exit(main())
+"""
 
 
 @contextlib.contextmanager

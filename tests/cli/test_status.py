@@ -303,7 +303,7 @@ def test_memory_and_processor_time_are_those_of_the_whole_tree(tmp_path):
     size = 80 * 2**20
     run = train(tmp_path, "digits", TAKE=str(size), WORK="1")
     run.wait_for("taken")
-    (row,) = status_of(tmp_path)
+    (row,) = status_of(tmp_path, SAMPLE="0.2")
     assert len(row["pids"]) == 3
     assert run.pid in row["pids"]
     assert size < row["memory_bytes"] < 3 * size

@@ -12,7 +12,15 @@ from typing import TypeAlias
 
 import psutil
 
-from orchard_infra.cli.doctor import launch, locks, processes, shared_memory, signals, torch
+from orchard_infra.cli.doctor import (
+    launch,
+    locks,
+    processes,
+    shared_memory,
+    signals,
+    slurm,
+    torch,
+)
 from orchard_infra.cli.doctor.base import Check, Level, Setup, Verdict
 from orchard_infra.cli.doctor.tmp_cleaners import check_tmp_cleaner
 from orchard_infra.errors import InfrastructureError
@@ -26,6 +34,7 @@ CHECKS: dict[str, CheckFunction] = {
     "tmp cleaner": check_tmp_cleaner,
     "runs": processes.check_runs,
     "launch": launch.check_launch,
+    "Slurm job": slurm.check_slurm_job,
     "container": launch.check_container,
     "orphans": processes.check_orphans,
     "shared memory": shared_memory.check_shared_memory,

@@ -227,7 +227,7 @@ class _Sanitizer:
         assert env.command is not None
         if "python" in os.path.basename(env.command[0]):  # only such commands have twins
             return True
-        return any(not run.is_live for run in env.registry.runs(without=env.run.run_id))
+        return any(run.is_over for run in env.registry.runs(without=env.run.run_id))
 
 
 @attrs.frozen
