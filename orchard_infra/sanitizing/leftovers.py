@@ -65,7 +65,10 @@ class Block:
         others = Membership(tuple(r for r in runs if r.record.leader != env.run.leader))
         # With two environments in one process, only the id tells whose child it is.
         shares_process = any(
-            r.is_live and r.record.leader == env.run.leader and r != own for r in runs
+            run.is_live
+            and run.record.leader == env.run.leader
+            and run.record.run_id != env.run.run_id
+            for run in runs
         )
         directory = env.registry.directory_file()
         ghosts, spared = [], []

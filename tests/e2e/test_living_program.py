@@ -508,6 +508,33 @@ def test_on_request_two_environments_of_one_process_leave_each_other_s_children_
     assert script.finish() == 0
 
 
+def test_on_request_a_child_is_stopped_that_is_being_written_down_during_the_look(tmp_path):
+    """The background thread may do that between two looks at the registry. Then the run seemed to
+    be another one, whose child a fork might be: found by chaos, and made to happen here.
+    """
+    script = program(
+        tmp_path,
+        """
+        from orchard_infra import RunRegistry
+
+        def runs(registry):
+            env._registration.note_members()
+            return read_runs(registry)
+
+        with protected() as env:
+            read_runs, RunRegistry.runs = RunRegistry.runs, runs
+            forked = os.fork()
+            if not forked:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.pause()
+        print("forked", forked, flush=True)
+        """,
+        SANITIZER=STOP,
+    )
+    assert script.finish() == 0, script.transcript()
+    assert not is_running(pids_of(script, "forked")[0])
+
+
 @pytest.mark.parametrize("seen", ["alive", "defunct"])
 def test_on_request_a_double_fork_that_happens_during_the_look_is_found(tmp_path, seen):
     """It was forked after the list of processes was made, and its parent has ended by the time
