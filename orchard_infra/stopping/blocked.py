@@ -27,8 +27,6 @@ from typing import Any
 
 import attrs
 
-_STEP = 2.0  # seconds that one look counts for, at most
-
 
 class _Question:
     """Asks the main thread to answer when it comes back to Python."""
@@ -114,12 +112,12 @@ class _Listener:
         self.pipe = None
         self.unanswered.clear()
 
-    def look(self) -> dict[int, float]:
+    def look(self, at_most: float) -> dict[int, float]:
         now, before = time.monotonic(), self.looked_at
         self.looked_at = now  # before it is read: what comes now is seen now or the next time
         for one in self.unanswered.values():
             # A process that was stopped (SIGSTOP, a suspended job) has not been deaf meanwhile.
-            one.seconds += min(now - before, _STEP)
+            one.seconds += min(now - before, at_most)
         for signum in self._arrived():
             if signum not in self.unanswered and self._answered_at(signum) <= before:
                 # Where nothing can be asked, nobody is deaf: a false kill is worse than a hang.
@@ -175,11 +173,12 @@ def answer(signum: int) -> None:
     _listener.answers[signum] = time.monotonic()
 
 
-def unanswered() -> dict[int, float]:
+def unanswered(at_most: float) -> dict[int, float]:
     """Signals that have come while the main thread was in C and has stayed there, with the seconds
-    since. To be asked now and then, from one and the same other thread.
+    since; ``at_most`` as many as that are counted from one look to the next. To be asked now and
+    then, from one and the same other thread.
     """
-    return _listener.look()
+    return _listener.look(at_most)
 
 
 def where_main_thread_is() -> str:
