@@ -373,9 +373,8 @@ class Session:
         for run in self.env.dead_runs:
             if not os.path.lexists(run.record.tmp_dir or ""):
                 registry.remove(run)
-            if run.record.lock is not None:  # it may have been killed while it waited
-                queue.forget_dead(Path(run.record.lock))
         registry.collect_unnamed()
+        queue.collect()
 
     @property
     def _interval(self) -> float:

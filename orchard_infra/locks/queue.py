@@ -224,14 +224,15 @@ def _directory_for(lock_path: Path) -> str:
     return os.path.join(files.runtime_dir(), _QUEUES, name)
 
 
-def forget_dead(lock_path: Path) -> None:
-    """Remove the tickets of waiters that were killed, unless somebody waits who will."""
+def collect() -> None:
+    """Remove the tickets of killed waiters from queues in which nobody waits who will."""
+    queues = os.path.join(files.runtime_dir(), _QUEUES)
     try:
-        directory = _directory_for(lock_path)
-    except OSError:
+        names = os.listdir(queues)
+    except OSError:  # mostly nobody has ever waited
         return
-    if os.path.isdir(directory):
-        _tidy(directory)
+    for name in names:
+        _tidy(os.path.join(queues, name))
 
 
 def _tidy(directory: str) -> None:
