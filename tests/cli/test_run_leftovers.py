@@ -123,7 +123,7 @@ def test_a_live_run_that_is_no_part_of_this_one_is_left_and_named(wrapper: Wrapp
     outer, pid = start_inner_run(wrapper, "env -u ORCHARD_INFRA_RUN_ID")
 
     assert is_running(pid)
-    assert "running run of project other" in outer.error_output
+    assert "a run of project other (running)" in outer.error_output
     assert wrapper.run("true", project="other").returncode == os.EX_TEMPFAIL
     os.kill(pid, signal.SIGTERM)
     wait_gone([pid])

@@ -23,9 +23,8 @@ from orchard_infra.environment import Environment
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
 from orchard_infra.launch import this_launch
 from orchard_infra.locks.file import FileLock
-from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor
+from orchard_infra.runs.record import RunRecord, Survivor
 from orchard_infra.session import Session
-from orchard_infra.system import processes
 from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import duration, printable
 
@@ -37,7 +36,7 @@ NOT_FOUND = 127
 _NOT_WORTH_A_WORD = (signal.SIGINT, signal.SIGPIPE)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)  # each method that is made costs the start
 class ProtectedCommand:
     """One command from prepare to release; ``report`` is what there is to tell of it."""
 
@@ -158,9 +157,10 @@ class ProtectedCommand:
     def _clear(
         self, left: Sequence[ProcessIdentity], supervisor: Supervisor, env: Environment
     ) -> None:
+        from orchard_infra.cli.run.bystanders import Bystanders
         from orchard_infra.cli.run.reaper import Reaper
 
-        bystanders = _Bystanders(env)
+        bystanders = Bystanders(env)
         reaper = Reaper(supervisor, tell, self.grace, self.stop_grace, bystanders.describe)
         leftovers = reaper.survey(left) if self.keep_background else reaper.clear(left)
         self.report["leftovers"] = [attrs.asdict(leftover) for leftover in leftovers]
@@ -201,7 +201,7 @@ def _shown(session: Session) -> Iterator[None]:
         handler.stop_waiting()
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class _Sanitizer:
     """`GhostSanitizer`, loaded where it may have something to do: most commands are started on a
     clean machine, and must start fast.
@@ -230,7 +230,6 @@ class _Sanitizer:
         return any(run.is_over for run in env.registry.runs(without=env.run.run_id))
 
 
-@attrs.frozen
 class _Sweeper:
     """`SweepOnly`, loaded where dead runs may have left something."""
 
@@ -240,44 +239,6 @@ class _Sweeper:
         from orchard_infra.artifacts.sweeping import SweepOnly
 
         return SweepOnly().around(env)
-
-
-@attrs.define
-class _Bystanders:
-    """Processes below us that are none of the command's: they opted out of this run.
-
-    A run that was started inside this one is a part of it, as a rank of a job is, whatever its
-    project. One that was started with another run's id, or with none, is not, if it is live. The
-    runs that we are in ourselves do not count: all that we start is in them.
-    """
-
-    env: Environment
-    _outer: set[str] | None = None
-
-    def describe(self, pid: int) -> str | None:
-        """Why this process is a bystander; None when it is not."""
-        from orchard_infra.inspect import Look
-
-        if processes.started_with(pid, RUN_ID_VARIABLE, ("",)) is not None:
-            return f"it opted out with an empty {RUN_ID_VARIABLE}"
-        registry, run_id = self.env.registry, self.env.run.run_id
-        runs = registry.runs()
-        if self._outer is None:
-            around = Look(runs).run_of(os.getppid())
-            self._outer = {
-                *registry.lineage(run_id),
-                *registry.lineage(around.record.run_id if around else None),
-            }
-        others = tuple(
-            run
-            for run in runs
-            if run.record.run_id not in self._outer
-            and run_id not in registry.lineage(run.record.run_id)
-        )
-        other = Look(others).run_of(pid) if others else None
-        if other is None:
-            return None
-        return f"it belongs to a {other.state.value} run of project {other.record.project}"
 
 
 def tell(text: str) -> None:
