@@ -19,6 +19,7 @@ from orchard_infra.errors import ConfigurationError
 from orchard_infra.system.files import runtime_dir
 
 _LOCK_PATH = "cfg.hardware.lock_file_path"
+_PATH = type(Path())
 
 
 class _ByAttribute(type(Protocol)):  # type: ignore[misc]
@@ -147,7 +148,8 @@ def read_config(cfg: object) -> Settings:
         cfg = EnvironmentConfig(check_project_name(cfg, "cfg"))
     hardware = _read(cfg, "hardware", "cfg.hardware")
     value = _read(hardware, "lock_file_path", _LOCK_PATH)
-    lock_path = check_lock_path(value, _LOCK_PATH)
+    given = _path_as_given(value, _LOCK_PATH)
+    lock_path = _absolute(value, given, _LOCK_PATH)
     return Settings(
         project=_project_of(cfg, hardware, lock_path),
         allow_process_kill=check_bool(
@@ -155,7 +157,7 @@ def read_config(cfg: object) -> Settings:
             "cfg.hardware.allow_process_kill",
         ),
         lock_path=lock_path,
-        lock_path_given=_path_as_given(value, _LOCK_PATH),
+        lock_path_given=given,
     )
 
 
@@ -209,12 +211,7 @@ def check_project_name(value: object, name: str) -> str:
 
 def check_lock_path(value: object, name: str) -> Path:
     """``value`` as an absolute path, links unresolved; `ConfigurationError` if it is none."""
-    given = _path_as_given(value, name)
-    try:
-        # Made absolute now: the program may change its directory during the run.
-        return Path(os.path.abspath(os.path.expanduser(given)))
-    except OSError as error:
-        raise _no_path(value, name, error) from error
+    return _absolute(value, _path_as_given(value, name), name)
 
 
 def check_bool(value: object, name: str) -> bool:
@@ -226,6 +223,15 @@ def check_bool(value: object, name: str) -> bool:
     return value
 
 
+def _absolute(value: object, given: str, name: str) -> Path:
+    try:
+        # Made absolute now: the program may change its directory during the run.
+        path = os.path.abspath(os.path.expanduser(given))
+    except OSError as error:
+        raise _no_path(value, name, error) from error
+    return value if type(value) is _PATH and str(value) == path else Path(path)
+
+
 def _path_as_given(value: object, name: str) -> str:
     if not isinstance(value, (str, os.PathLike)):
         raise ConfigurationError(f"{name} must be a str or os.PathLike, not {_found(value)}")
@@ -233,11 +239,12 @@ def _path_as_given(value: object, name: str) -> str:
         text = os.fspath(value)
         if not isinstance(text, str) or not text.strip() or b"\0" in os.fsencode(text):
             raise ValueError("it is empty, not text, or contains a NUL")
-        if not Path(text).name:
+        given = os.path.normpath(text)
+        if os.path.basename(given) in ("", os.curdir, os.pardir):
             raise ValueError("it is a directory")
+        return given
     except Exception as error:  # the value's own code runs here
         raise _no_path(value, name, error) from error
-    return os.path.normpath(text)
 
 
 def _no_path(value: object, name: str, error: Exception) -> ConfigurationError:

@@ -85,6 +85,7 @@ class Environment:
     _closer: Callable[[], None] | None = attrs.field(default=None, repr=False)
     _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
     _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
+    _on_record: Sequence[str] = attrs.field(default=(), init=False, repr=False)  # names of files
     _lost: LockLostError | None = attrs.field(default=None, init=False, repr=False)
     _requested: StopRequest | None = attrs.field(default=None, init=False, repr=False)
     _signals_raise: bool = attrs.field(default=False, init=False, repr=False)  # so says the stopper
@@ -245,7 +246,8 @@ class Environment:
         except for those of runs whose directory is still there.
         """
         if self._dead is None:
-            self._dead = self.registry.dead_runs(without=self.run.run_id)
+            self._on_record = self.registry.names()
+            self._dead = self.registry.dead_runs(without=self.run.run_id, names=self._on_record)
         return self._dead
 
     def _announce(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -27,7 +26,7 @@ class Exits:
         self.logger = logger
         self.error: BaseException | None = None
         self.failures: list[BaseException] = []
-        self._stack = contextlib.ExitStack()
+        self._steps: list[Callable[[], object]] = []
 
     def enter(
         self, name: str, manager: AbstractContextManager[_T], *, is_short: bool = False
@@ -50,18 +49,18 @@ class Exits:
             error.__traceback__ = traceback  # contextlib lengthens it each time
 
         with uninterrupted():
-            self._stack.callback(leave)  # first: between the two nothing could undo it
+            self._steps.append(leave)  # first: between the two nothing could undo it
             value = manager.__enter__()
             entered = True
         return value
 
     def callback(self, name: str, step: Callable[[], object]) -> None:
         """Have a short step carried out on the way back, uninterrupted."""
-        self._stack.callback(self._carry_out, name, step)
+        self._steps.append(functools.partial(self._carry_out, name, step))
 
     def long_callback(self, name: str, step: Callable[[], object]) -> None:
         """Have a step carried out on the way back that a signal may interrupt."""
-        self._stack.callback(self.attempt, name, step)
+        self._steps.append(functools.partial(self.attempt, name, step))
 
     def attempt(self, name: str, step: Callable[[], object]) -> bool:
         """Carry out a step of the release that may take long; whether it went well. A signal may
@@ -98,4 +97,8 @@ class Exits:
         leave out all that are still to come.
         """
         self.error = error
-        self._stack.close()
+        while self._steps:
+            try:
+                self._steps.pop()()
+            except BaseException as failure:  # the logger's, or one that came between two steps
+                self.failures.append(failure)

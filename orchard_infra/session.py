@@ -91,7 +91,8 @@ class Session:
         try:
             while (pause := _go_on(steps)) is not None:
                 pause.wait()
-            return self._ready(began)
+            self._tell_prepared(began)
+            return self.env
         except BaseException as error:
             self._give_up(steps, error)
             raise
@@ -103,7 +104,8 @@ class Session:
         try:
             while (pause := _go_on(steps)) is not None:
                 await pause.wait_async()
-            return self._ready(began)
+            self._tell_prepared(began)
+            return self.env
         except BaseException as error:
             self._give_up(steps, error)
             raise
@@ -119,8 +121,6 @@ class Session:
             self._exits.callback("stop requests", env._end)
         if self.stopper is not None:
             self._exits.enter("signal handlers", self.stopper.around(env), is_short=True)
-        if self.stopper is None:  # a stopper waits for them itself
-            env.before_release(functools.partial(env.wait_for_callbacks, _CALLBACKS))
         if joined is None:
             yield from self._enter_run()
         else:
@@ -132,6 +132,7 @@ class Session:
         self._enter_strategy("device caches", self.flusher)
         for extra in self.extras:
             self._enter_strategy(type(extra).__name__, extra)
+        self._ready()
 
     def _enter_run(self) -> Generator[Pause, None, None]:
         env, registry = self.env, self.env.registry
@@ -190,15 +191,11 @@ class Session:
             self._exits.long_callback("ranks of this job", job.wait_for_others)
         env.report.waited_seconds = time.perf_counter() - began
 
-    def _ready(self, began: float) -> Environment:
+    def _ready(self) -> None:
         with uninterrupted():
             _open.append(self)
             self._prepared = True
             _close_at_exit()
-        env = self.env
-        env.report.prepare_seconds = time.perf_counter() - began
-        self._tell_prepared(env)
-        return env
 
     def _give_up(self, steps: Generator[Pause, None, None], error: BaseException) -> None:
         """Leave what was entered, and raise a signal that came meanwhile. A caller that catches the
@@ -255,6 +252,10 @@ class Session:
                 with child_signals_deferred():
                     if self._reserves:
                         reserve.let_go()
+                        # A stopper waits for them itself.
+                        if self.stopper is None and self.env.stop_requested is not None:
+                            wait = functools.partial(self.env.wait_for_callbacks, _CALLBACKS)
+                            exits.attempt("callbacks", wait)
                         for step in tuple(self.env._before_release):
                             if not exits.attempt("before the release", step):
                                 # A signal may have come just before the step that holds them.
@@ -373,7 +374,7 @@ class Session:
         for run in self.env.dead_runs:
             if not os.path.lexists(run.record.tmp_dir or ""):
                 registry.remove(run)
-        registry.collect_unnamed()
+        registry.collect_unnamed(self.env._on_record)
         queue.collect()
 
     @property
@@ -396,10 +397,12 @@ class Session:
             if tmp_dir is not None:
                 os.utime(tmp_dir, follow_symlinks=False)
 
-    def _tell_prepared(self, env: Environment) -> None:
+    def _tell_prepared(self, began: float) -> None:
+        env = self.env
+        report, parts = env.report, []
+        report.prepare_seconds = time.perf_counter() - began
         if not self.logger.isEnabledFor(logging.INFO) or env.joined:
             return
-        report, parts = env.report, []
         if env._lease is not None:
             waited = f" after {report.waited_seconds:.1f} s" if report.waited_seconds > 1 else ""
             parts.append(f"lock {env.lock_path} acquired{waited}")

@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,13 @@ def descriptors() -> set[int]:
 
 
 @pytest.fixture
-def held() -> set[int]:
-    """What one more environment keeps; given back when the test has done so."""
+def held() -> Iterator[set[int]]:
+    """What an environment keeps. It is left by the test, and its reserve given back afterwards."""
+    reserve._rest()
     before = descriptors()
     reserve.hold()
-    return descriptors() - before
+    yield descriptors() - before
+    reserve._rest()
 
 
 def test_a_release_has_descriptors_when_the_body_has_used_up_all(tmp_path: Path) -> None:
@@ -119,7 +122,51 @@ def test_no_program_that_is_started_inherits_it(held: set[int]) -> None:
     assert len(held) == 6
     assert not any(os.get_inheritable(fd) for fd in held)
     reserve.let_go()
-    assert not held & descriptors()
+
+
+def test_it_is_kept_between_short_environments_and_given_back_soon_after_the_last(
+    tmp_path: Path,
+) -> None:
+    output = run(
+        tmp_path,
+        """
+    import time
+    from orchard_infra import managed_environment
+
+    def pipes():
+        return {fd for fd in range(64) if os.path.exists(f"/dev/fd/{fd}")
+                and os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")}
+
+    before = pipes()
+    with managed_environment("digits"):
+        kept = pipes() - before
+    with managed_environment("digits"):
+        print(len(kept), pipes() - before == kept)
+    deadline = time.monotonic() + 20
+    while pipes() != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    print(pipes() == before)
+    with managed_environment("digits"):
+        print(len(pipes() - before))
+    """,
+    )
+    assert output == ["6", "True", "True", "6"]
+
+
+def test_a_program_that_has_closed_every_descriptor_gets_a_new_one(tmp_path: Path) -> None:
+    output = run(
+        tmp_path,
+        """
+    reserve.hold()
+    reserve.let_go()
+    os.closerange(3, 64)
+    others = [os.open("/dev/null", os.O_RDONLY) for _ in range(6)]
+    before = number()
+    reserve.hold()
+    print(number() - before, all(os.path.sameopenfile(fd, others[0]) for fd in others))
+    """,
+    )
+    assert output == ["6", "True"]
 
 
 def test_a_forked_child_has_none_and_keeps_its_own(held: set[int]) -> None:
@@ -144,6 +191,7 @@ def test_a_file_that_got_one_of_its_numbers_meanwhile_is_not_closed(held: set[in
     os.close(null)
     try:
         reserve.let_go()
+        reserve._rest()
         assert stat.S_ISCHR(os.fstat(number).st_mode)
     finally:
         os.close(number)

@@ -226,7 +226,7 @@ def _directory_for(lock_path: Path) -> str:
 
 def collect() -> None:
     """Remove the tickets of killed waiters from queues in which nobody waits who will."""
-    queues = os.path.join(files.runtime_dir(), _QUEUES)
+    queues = f"{files.runtime_dir()}/{_QUEUES}"
     try:
         names = os.listdir(queues)
     except OSError:  # mostly nobody has ever waited

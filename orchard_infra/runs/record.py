@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
@@ -48,43 +48,59 @@ class RunState(str, enum.Enum):
     DEAD = "dead"
 
 
-def _check(rule: str, is_valid: Callable[[Any], bool]) -> Callable[..., None]:
-    """A validator, also for what was read from a file that anybody may have written."""
-
-    def validate(record: object, field: attrs.Attribute[Any], value: object) -> None:
-        if not is_valid(value):
-            raise ValueError(f"{field.name} must be {rule}, not {value!r:.80}")
-
-    return validate
+# The validators serve also for what was read from a file that anybody may have written. They are
+# flat, because every run checks twenty values.
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= _TEXT_LIMIT
+def _wrong(field: attrs.Attribute[Any], rule: str, value: object) -> ValueError:
+    return ValueError(f"{field.name} must be {rule}, not {value!r:.80}")
+
+
+def _text(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, str) or len(value) > _TEXT_LIMIT:
+        raise _wrong(field, f"a text of at most {_TEXT_LIMIT} characters", value)
+
+
+def _text_or_none(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (isinstance(value, str) and len(value) <= _TEXT_LIMIT):
+        raise _wrong(field, "a text or None", value)
+
+
+def _words(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if type(value) is not tuple or not all(
+        isinstance(word, str) and len(word) <= _TEXT_LIMIT for word in value
+    ):
+        raise _wrong(field, "a sequence of texts", value)
+
+
+def _run_id(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not is_run_id(value):
+        raise _wrong(field, "1 to 64 letters and digits", value)
+
+
+def _pid(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise _wrong(field, "a pid", value)
+
+
+def _whole(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise _wrong(field, "a whole number >= 0", value)
+
+
+def _whole_or_none(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and (type(value) is not int or not 0 <= value < 2**63):
+        raise _wrong(field, "a whole number or None", value)
+
+
+def _seconds(record: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not (type(value) is float or type(value) is int) or not 0 <= value < 1e12:
+        raise _wrong(field, "a number of seconds >= 0", value)
 
 
 def is_run_id(value: object) -> bool:
     """Whether this may be the id of a run, and so a part of a file's name."""
     return isinstance(value, str) and len(value) <= 64 and value.isalnum() and value.isascii()
-
-
-def _is_whole(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e12  # type: ignore[operator]
-
-
-_text = _check(f"a text of at most {_TEXT_LIMIT} characters", _is_text)
-_words = _check(
-    "a sequence of texts", lambda value: type(value) is tuple and all(map(_is_text, value))
-)
-_run_id = _check("1 to 64 letters and digits", is_run_id)
-_pid = _check("a pid", lambda value: type(value) is int and 0 < value < 2**31)
-_whole = _check("a whole number >= 0", _is_whole)
-_seconds = _check("a number of seconds >= 0", _is_number)
-_text_or_none = _check("a text or None", lambda value: value is None or _is_text(value))
-_whole_or_none = _check("a whole number or None", lambda value: value is None or _is_whole(value))
 
 
 def _to_words(value: object) -> object:

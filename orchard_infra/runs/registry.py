@@ -313,15 +313,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _default_directory() -> Path:
-    chosen = os.environ.get(files.RUNTIME_DIR_VARIABLE, "")
-    if chosen and not os.path.isabs(chosen):
-        return files.runtime_dir() / "runs"
-    return _directory_below(chosen)
+    return _directory_below(files.runtime_dir())
 
 
 @functools.lru_cache(maxsize=8)  # a program of a thousand short runs looks it up for each
-def _directory_below(chosen: str) -> Path:
-    return files.runtime_dir({files.RUNTIME_DIR_VARIABLE: chosen}) / "runs"
+def _directory_below(runtime_dir: Path) -> Path:
+    return runtime_dir / "runs"
 
 
 def _to_path(path: str | Path) -> Path:
@@ -381,18 +378,25 @@ class RunRegistry:
 
     def runs(self, *, without: str | None = None) -> tuple[RegisteredRun, ...]:
         """Every run on record, the oldest first; one can be left out by its id."""
+        return self._runs(self.names(), without)
+
+    def _runs(self, names: Iterable[str], without: str | None) -> tuple[RegisteredRun, ...]:
         own = f"{without}{SUFFIX}"
+        wanted = [name for name in names if name.endswith(SUFFIX) and name != own]
+        if not wanted:
+            return ()
         directory = self.directory_file()
-        found = (
-            self._look(name, directory)
-            for name in self._names()
-            if name.endswith(SUFFIX) and name != own
-        )
+        found = (self._look(name, directory) for name in wanted)
         return tuple(sorted(filter(None, found), key=lambda run: run.record.started_at))
 
-    def dead_runs(self, *, without: str | None = None) -> tuple[RegisteredRun, ...]:
-        """Runs that are over, and of which no process lives: what they left may be removed."""
-        runs = self.runs(without=without)
+    def dead_runs(
+        self, *, without: str | None = None, names: Iterable[str] | None = None
+    ) -> tuple[RegisteredRun, ...]:
+        """Runs that are over, and of which no process lives: what they left may be removed.
+
+        ``names`` is what `names` has found, where somebody has looked already.
+        """
+        runs = self._runs(self.names() if names is None else names, without)
         dead = [run for run in runs if run.state is RunState.DEAD]
         if not dead:
             return ()
@@ -432,9 +436,12 @@ class RunRegistry:
             _unlink(_members_path(self._path_of(run.file_name)))
         return removed
 
-    def collect_unnamed(self) -> None:
-        """Remove what a crash left: records that never got their name, lists without a record."""
-        names = self._names()
+    def collect_unnamed(self, names: Sequence[str] | None = None) -> None:
+        """Remove what a crash left: records that never got their name, lists without a record.
+
+        ``names`` is what `names` has found, where somebody has looked already.
+        """
+        names = self.names() if names is None else names
         for name in names:
             if name.startswith("."):
                 self._remove_unlocked(name)
@@ -445,7 +452,12 @@ class RunRegistry:
                     with contextlib.suppress(OSError):
                         os.unlink(self._path_of(name))
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """The files in the directory.
+
+        Raises:
+            InfrastructureError: It cannot be read.
+        """
         try:
             return os.listdir(self.directory)
         except FileNotFoundError:

@@ -151,12 +151,14 @@ class _Background:
                 now = time.monotonic()
                 if not self.tasks and now >= self.idle_since + _LINGERS:
                     self.thread = None
-                    return
+                    break
                 self.wakes_at = wakes_at = self.next_due(now)
             try:
                 self.mail.get(timeout=max(0.0, wakes_at - now))
             except queue.Empty:
                 pass
+        for step in _at_rest:
+            step()
 
     def next_due(self, now: float) -> float:
         if not self.tasks:
@@ -169,6 +171,7 @@ class _Background:
 
 
 _background = _Background()
+_at_rest: list[Callable[[], object]] = []
 
 
 def _start_anew() -> None:
@@ -204,6 +207,15 @@ def remove(task: Task) -> None:
 def finish(task: Task) -> None:
     """If ``task`` is due, do it now, in this thread. When this returns it is not running."""
     _background.finish(task)
+
+
+def at_rest(step: Callable[[], object]) -> None:
+    """Have ``step`` carried out each time that the thread ends, a second after the last task: for
+    what costs too much to be made and dropped for each of many short environments.
+
+    A task may have been added again by then.
+    """
+    _at_rest.append(step)
 
 
 def wake() -> None:

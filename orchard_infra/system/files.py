@@ -44,11 +44,26 @@ def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """
     chosen = environ.get(RUNTIME_DIR_VARIABLE)
     if chosen:
-        return Path(os.path.abspath(os.path.expanduser(chosen)))
+        return _chosen_dir(chosen if os.path.isabs(chosen) else _absolute(chosen))
     if sys.platform == "win32":
         local = environ.get("LOCALAPPDATA") or os.path.expanduser("~")
         return Path(local) / "orchard-infra"
-    return Path("/tmp") / f"orchard-infra-{os.geteuid()}"
+    return _own_dir(os.geteuid())
+
+
+def _absolute(chosen: str) -> str:
+    return os.path.abspath(os.path.expanduser(chosen))
+
+
+# Short runs ask several times each, and a path costs as much to make as a system call.
+@functools.lru_cache(maxsize=8)
+def _chosen_dir(chosen: str) -> Path:
+    return Path(os.path.normpath(chosen))
+
+
+@functools.lru_cache(maxsize=8)
+def _own_dir(uid: int) -> Path:
+    return Path("/tmp") / f"orchard-infra-{uid}"
 
 
 def private_directory(path: _Path) -> _Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 
+from orchard_infra.system import background, files
 from orchard_infra.system.masking import uninterrupted
 
 # What a removal takes at most when it is short of them, see `orchard_infra.artifacts.removing`.
@@ -22,16 +23,21 @@ _environments = 0
 
 
 def hold() -> None:
-    """One more environment is open: keep a reserve. None is kept where there is none to be had."""
+    """One more environment is open: keep a reserve. None is kept where there is none to be had.
+
+    It stays until the background thread rests: making one costs as much as taking a lock.
+    """
     global _environments, _file
     with uninterrupted(), _lock:
         _environments += 1
-        if _descriptors:
+        if _descriptors and _is_ours(_descriptors[0]):
             return
+        _close()
         try:
             # A pipe of our own, because it can be told from anything else with that number.
             _descriptors.extend(os.pipe())
-            _file = _identity(_descriptors[0])
+            status = os.fstat(_descriptors[0])
+            _file = status.st_dev, status.st_ino
             while len(_descriptors) < _COUNT:
                 _descriptors.append(os.dup(_descriptors[0]))
         except OSError:
@@ -41,12 +47,18 @@ def hold() -> None:
 def let_go() -> None:
     """The release of one environment begins: it may use the reserve.
 
-    While others are open the reserve is kept, unless this process has no descriptors left.
+    The reserve is kept, unless this process has no descriptors left.
     """
     global _environments
     with uninterrupted(), _lock:
         _environments = max(0, _environments - 1)
-        if _environments == 0 or _is_short():
+        if _is_short():
+            _close()
+
+
+def _rest() -> None:
+    with uninterrupted(), _lock:
+        if _environments == 0:
             _close()
 
 
@@ -66,17 +78,13 @@ def _is_short() -> bool:
 def _close() -> None:
     while _descriptors:
         fd = _descriptors.pop()
-        try:
-            # A program that closes all descriptors (a daemon does) has other files there by now.
-            if _identity(fd) == _file:
-                os.close(fd)
-        except OSError:
-            pass
+        if _is_ours(fd):
+            os.close(fd)
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino
+def _is_ours(fd: int) -> bool:
+    # A program that closes all descriptors (a daemon does) has other files there by now.
+    return _file is not None and files.still_open(fd, _file)
 
 
 def _start_anew() -> None:
@@ -89,5 +97,6 @@ def _start_anew() -> None:
     _close()
 
 
+background.at_rest(_rest)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
