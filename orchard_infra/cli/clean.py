@@ -1,4 +1,4 @@
-"""`orchard-infra clean`: what dead runs left, with the proof for each, and away with it.
+"""`orchard-infra clean`: stop and remove what dead runs left, and show the proof for each.
 
 The exit status is
 
@@ -118,7 +118,7 @@ def clean(
 
 @attrs.frozen
 class Ghost:
-    """A process that is to be stopped, or spared: whose it is or resembles, and its memory."""
+    """A process to stop or to spare: the run that it belongs to or resembles, and its memory."""
 
     run: RegisteredRun
     finding: Finding
@@ -127,7 +127,7 @@ class Ghost:
 
 @attrs.frozen
 class Plan:
-    """What a clean-up would do.
+    """What would be stopped and removed.
 
     ``ghosts`` are stopped, ``detached`` only ``with_detached``. ``files`` is what would be removed.
     ``why_not`` says why no process is stopped, if that is so. Nothing of a run is removed while
@@ -196,7 +196,7 @@ class Cleaning:
     sanitizer: GhostSanitizer
 
     def plan(self, *, detached: bool) -> Plan:
-        """Only looks."""
+        """Look, and change nothing."""
         now = look(self.registry)
         shown = [run for run in now.runs if self.project in (None, run.record.project)]
         dead = tuple(run for run in shown if run.is_over)
@@ -225,7 +225,7 @@ class Cleaning:
         return attrs.evolve(plan, files=sweeping.would_collect(removable))
 
     def carry_out(self, plan: Plan) -> Iterator[tuple[str, bool]]:
-        """Do it. A line for each kind of thing, and whether it went well."""
+        """Stop and remove. One line for each kind of thing, and whether it went well."""
         if plan.stoppable:
             report = self.sanitizer.stop(
                 [ghost.finding for ghost in plan.stoppable],
@@ -250,8 +250,8 @@ class Cleaning:
             yield f"{left} kept: not everything of that run is gone", False
 
     def _without_survivors(self, run_ids: Container[str]) -> list[RegisteredRun]:
-        """Those of these runs of which nothing lives. Helpers of Python end by themselves a moment
-        after the processes that they serve.
+        """The runs, out of these, of which nothing lives. Helpers of Python end by themselves, a
+        moment after the processes that they serve.
         """
         deadline = time.monotonic() + _HELPERS_END
         while True:
@@ -320,7 +320,7 @@ def describe(plan: Plan, console: Console) -> Iterator[Text]:
 
 
 def _describe_ghosts(ghosts: Iterable[Ghost], verdict: Text, console: Console) -> Iterator[Text]:
-    """Those for which the same is to be said are said to be so together: the workers of a pool."""
+    """Processes with the same verdict share a line, such as the workers of a pool."""
     alike: dict[tuple[str, ...], list[Ghost]] = {}
     for ghost in ghosts:
         finding = ghost.finding

@@ -1,4 +1,4 @@
-"""The commands as one group. Each is a module, loaded when it is used: `run` must start fast."""
+"""The group of all commands. Each one is loaded when it is used, because `run` must start fast."""
 
 from __future__ import annotations
 

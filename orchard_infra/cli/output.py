@@ -1,4 +1,4 @@
-"""What the commands have in common when they speak to a person."""
+"""Formatting that the commands share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether lines can be written over: on a terminal, but not on one that is only a printer.
+    """Whether lines can be overwritten: on a terminal that can move its cursor.
 
     FORCE_COLOR makes rich take a pipe for a terminal. It asks for colours, not for a spinner.
     """

@@ -84,7 +84,7 @@ def status(as_json: bool, watch: bool, project: str | None) -> None:
 
 @attrs.frozen
 class Gpu:
-    """GPU memory by pid, in bytes, None for a process of which the driver does not tell.
+    """GPU memory by pid, in bytes; None for a process whose use the driver does not report.
 
     ``why_unknown`` says why nothing is known, and is None when something is.
     """
@@ -232,7 +232,7 @@ def _row_to_json(row: Row, now: float) -> dict[str, Any]:
 
 
 def read_gpu() -> Gpu:
-    """What the NVIDIA driver says of the processes. It is asked only through pynvml."""
+    """What the NVIDIA driver reports of the processes. It is asked only through pynvml."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an old one asks to be replaced
@@ -301,7 +301,7 @@ def _watch(survey: Survey, console: Console) -> None:
 
 @attrs.define
 class _View:
-    """The last look, drawn anew whenever the terminal asks: it may have another size by now."""
+    """The last snapshot, drawn anew for each refresh: the terminal may have been resized."""
 
     look: Snapshot
 
@@ -416,7 +416,7 @@ def _line(cells: Sequence[Text], widths: Sequence[int]) -> Text:
 
 
 def _below(row: Row, detail: tuple[str, str, str], width: int, *, whole: bool) -> Iterator[Text]:
-    """What is said of a run below its line."""
+    """The lines about a run that follow its own line."""
     shown, cwd, lock = detail
     record = row.run.record
     if whole:

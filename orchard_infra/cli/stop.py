@@ -96,7 +96,7 @@ def stop(context: click.Context, target: str, grace: float) -> None:
 
 @attrs.frozen
 class Result:
-    """What became of one run; ``text`` is for a person."""
+    """How the stop of one run went; ``text`` is for a person."""
 
     text: str
     is_gone: bool = True
@@ -104,7 +104,7 @@ class Result:
 
 @attrs.define
 class _Target:
-    """A run that is to end. ``members`` are all processes of it that were ever seen."""
+    """A run to stop. ``members`` are all its processes that were ever seen."""
 
     run: RegisteredRun
     members: set[ProcessIdentity]
@@ -154,14 +154,14 @@ class Stopping:
         ]
 
     def _forget(self, targets: Sequence[_Target]) -> None:
-        """Drop the records of runs that ended well on our request, and only had processes left."""
+        """Drop the records of runs that ended well, and of which nothing lives any more."""
         ids = {target.run.record.run_id for target in targets}
         for run in self.registry.dead_runs():
             if run.record.run_id in ids and run.was_released:
                 self.registry.remove(run)
 
     def _targets(self) -> list[_Target]:
-        """Those that wait for a lock come first: else one of them would start when it goes free."""
+        """Runs that wait for a lock come first: else one of them would start when it goes free."""
         here = [run for run in self.runs if run.is_over or (run.is_live and run.record.is_local)]
         now = look(self.registry)
         for run in here:
@@ -191,7 +191,7 @@ class Stopping:
             time.sleep(min(_POLL, self.grace - waited))
 
     def _stop_the_rest(self, targets: Sequence[_Target], deadline: float) -> StopOutcome:
-        """Who outlived its leader is asked, and has what is left of the grace."""
+        """Ask the processes that outlived their leader. They have what is left of the grace."""
         settled = min(deadline, time.monotonic() + _SETTLES)
         while any(target.left() for target in targets) and time.monotonic() < settled:
             time.sleep(_POLL)
@@ -223,7 +223,8 @@ class Stopping:
         return stop_processes(left, grace=grace, spare=self._spare())
 
     def _spare(self) -> Callable[[int], bool]:
-        """Daemons that opted out, and other live runs, even if they were started in one of these.
+        """Which processes to spare: daemons that opted out, and other live runs, even if they were
+        started in one of these.
 
         A run within another one is below its leader, too: that does not make it the other's.
         """

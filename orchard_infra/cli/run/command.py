@@ -182,7 +182,7 @@ def run(
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> str | None:
-    """Whole or not at all: a reader sees no half of it. A pipe or a device is written to.
+    """Write the report whole or not at all. A pipe or a device is written to directly.
 
     Returns why it could not be done.
     """
@@ -207,7 +207,7 @@ def _write_report(path: Path, report: dict[str, Any]) -> str | None:
 
 
 def _exit(status: int) -> NoReturn:
-    """Without the interpreter's own tidying up, a tenth of the whole wrapper: nothing is open."""
+    """Exit without the interpreter's clean-up, which is a tenth of the wrapper's time."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -220,7 +220,8 @@ def _name_of(lock_path: Path) -> str:
 
 
 def _occupy_standard_descriptors() -> None:
-    """Where one of 0, 1, 2 is closed, the lock file would get its number, and be printed into.
+    """Open whichever of 0, 1, 2 is closed: else the lock file would get that number, and a message
+    would be printed into it.
 
     What is opened here is closed in the command, which finds them as we did.
     """

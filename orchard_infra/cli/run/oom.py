@@ -1,4 +1,4 @@
-"""Whether the kernel's out-of-memory killer has been at work."""
+"""Whether the kernel's out-of-memory killer has killed a process."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _NOT_WORTH_A_WORD = (signal.SIGINT, signal.SIGPIPE)
 
 @attrs.define(eq=False, repr=False)  # each method that is made costs the start
 class ProtectedCommand:
-    """One command from prepare to release; ``report`` is what there is to tell of it."""
+    """Runs one command in a session. ``report`` is what ``--report`` writes."""
 
     settings: Settings
     timeout: float | None
@@ -50,7 +50,7 @@ class ProtectedCommand:
     report: dict[str, Any] = attrs.field(factory=dict)
 
     def carry_out(self) -> int:
-        """Everything; the exit status."""
+        """Prepare, run, release; the exit status."""
         self.report.update(
             orchard_infra_run=1,
             outcome="failed",
@@ -242,7 +242,7 @@ class _Sweeper:
 
 
 def tell(text: str) -> None:
-    """One line to the user, and never an error: stderr may be closed, or a pipe that is."""
+    """Print one line for the user. Never fails: stderr may be closed, or a broken pipe."""
     try:
         os.write(2, f"orchard-infra: {printable(text)}\n".encode(errors="backslashreplace"))
     except OSError:

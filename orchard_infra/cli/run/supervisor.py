@@ -1,4 +1,4 @@
-"""Running a command as if nothing stood before it.
+"""Running a command as if it ran without the wrapper.
 
 The command stays in our process group, so that the terminal treats it as it would without us:
 what is typed (Ctrl-C, Ctrl-Z, Ctrl-\\) the kernel sends to both, once each. Signals that a
@@ -305,7 +305,7 @@ class Supervisor:
         self._stop_at = now
 
     def _renew_witness(self) -> None:
-        """What the old one has seen would be taken for the next signal of that kind."""
+        """Replace the witness: what it has seen would be taken for the next signal of that kind."""
         if self._witness is not None:
             self._witness.dismiss()
             self._start_witness()
