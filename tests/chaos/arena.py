@@ -1,7 +1,9 @@
-"""The arena: rounds of contenders, what hits them and when, and what must hold after each.
+"""The arena: plays rounds of contenders, and looks after each at what must hold.
 
-A round is made from its seed alone. It ends with a sweep, one more run for each of its locks that
-is left alone; after that nothing of the round may be left on the machine.
+A round is made from its seed alone. When its contenders have ended, all but those that linger,
+each of its locks gets one more run that is left alone: the sweep. Then nothing that died may have
+left anything, and what lives on has all its children. Those that linger end then, and are swept
+up in their turn.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import random
 import select
 import shutil
 import signal
@@ -17,22 +18,28 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
+from chaos.ledger import Child, Ledger, Program
 from chaos.observing import (
     Identity,
-    all_identities,
+    Journal,
     command_of,
+    environ_of,
     identity,
+    is_fork,
     lives,
+    marked,
     read_bytes,
     read_journal,
     send,
+    session_of,
 )
+from chaos.plans import ENDINGS, GRACE, LOST, PATIENCE, Plan, one_run
 
 _HERE = Path(__file__).resolve().parent
 _EXEC = [sys.executable, str(_HERE / "contender.py")]
@@ -41,75 +48,44 @@ _EXEC = [sys.executable, str(_HERE / "contender.py")]
 _FINE, _FAILED, _EXITED, _LOCKED = 0, 3, 4, 75
 _BY_SIGNAL = {"TERM": 143, "INT": 130, "HUP": 129}
 
-# What ends a run, or may. SIGSTOP, a killed worker and a deleted lock file come on top.
-ENDINGS = ("KILL", "TERM", "INT", "HUP", "_exit", "exception", "sys.exit")
-CHILDREN = (
-    "idle", "busy", "stubborn", "setsid", "tree", "frozen", "unwinds", "exec", "exec-setsid",
-    "exec-tree", "exec-stubborn", "exec-spawner", "opted-out",
-)  # fmt: skip
-
-GRACE = 0.15  # seconds between SIGTERM and SIGKILL for what a run has left
-PATIENCE = 0.1
 # How long the next run may take to start: patience, grace, what `stop_processes` waits for the
 # killed ones, and the load of everybody else's tests.
-START = PATIENCE + GRACE + 2.0 + 40.0
+START = PATIENCE + GRACE + 2.0 + 20.0
+_HANDOFF = 10.0  # seconds in which a free lock has its next holder, although waiters are stopped
 _ROUND = 90.0  # seconds
-_LOST = "loses its lock"
-
-
-@attrs.define
-class Attack:
-    """``what`` happens to a contender ``delay`` seconds after an event of its journal."""
-
-    after: str
-    delay: float
-    what: str
-    lasts: float = 0.0  # of a SIGSTOP
-    due: float | None = None
+_RUN_ID = "ORCHARD_INFRA_RUN_ID"
 
 
 @attrs.define
 class Contender:
-    name: str
-    project: str
-    timeout: float | None = None
-    children: tuple[str, ...] = ()
-    body: float = 0.0
-    ending: str = "normal"
-    mode: str = "raise"
-    boundary: dict[str, Any] | None = None
-    attacks: list[Attack] = attrs.field(factory=list)
-    start_at: float = 0.0  # seconds after the round began
-    follows: str | None = None  # starts when that one has ended
-    by_exec: bool = False
-    trace: bool = False
-    loses_lock: bool = False
-    is_sweeper: bool = False
+    """One program of a round while it is played."""
 
+    plan: Plan
+    program: Program
     pid: int | None = None
     status: int | None = None
     started: float | None = None
-    ended: float | None = None
-    run_id: str | None = None
-    tmp_dir: str | None = None
-    events: dict[str, float] = attrs.field(factory=dict)
+    events: dict[str, float] = attrs.field(factory=dict)  # when it was first
     hits: list[str] = attrs.field(factory=list)
-    family: dict[Identity, str] = attrs.field(factory=dict)
     resume_at: list[float] = attrs.field(factory=list)
     boundaries: list[tuple[str, int]] = attrs.field(factory=list)
 
     @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
     def is_healthy(self) -> bool:
-        return not self.hits and self.ending == "normal"
+        return not self.hits and not self.plan.endings
+
+    @property
+    def lingers(self) -> bool:
+        return "lingers" in self.events
 
     @property
     def was_killed(self) -> bool:
-        return "KILL" in self.hits or "_exit" in self.hits
-
-    def describe(self) -> str:
-        told = ("timeout", "children", "body", "ending", "mode", "boundary", "by_exec", "status")
-        facts = ", ".join(f"{name} {getattr(self, name)}" for name in told)
-        return f"{self.name} for {self.project}: {facts}, hit by {self.hits or 'nothing'}"
+        """Not ended by code of its own; 71 is a Ctrl-C outside of all of it, see zygote.py."""
+        return self.status is not None and (self.status < 0 or self.status in (9, 71))
 
 
 @attrs.define
@@ -117,12 +93,14 @@ class Figure:
     """What a chaos run comes to."""
 
     rounds: int = 0
+    programs: int = 0
     runs: int = 0
     children: int = 0
+    outlived: int = 0
     hits: Counter[str] = attrs.field(factory=Counter)
     boundaries: set[str] = attrs.field(factory=set)
     violations: list[str] = attrs.field(factory=list)
-    starts: list[float] = attrs.field(factory=list)  # seconds, each after a run that was hit
+    starts: list[float] = attrs.field(factory=list)  # seconds, each after a program that was hit
     began: float = attrs.field(factory=time.monotonic)
 
     @property
@@ -131,15 +109,17 @@ class Figure:
 
     @property
     def kills(self) -> int:
-        """How many runs were told or forced to end."""
+        """How many programs were told or forced to end."""
         return sum(self.hits[what] for what in ENDINGS)
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {what}" for what, count in sorted(self.hits.items()))
         slowest = max(self.starts, default=0.0)
         return (
-            f"{self.kills} kills, {self.runs} runs, {len(self.violations)} violations; "
+            f"{self.kills} kills, {self.runs} runs of {self.programs} programs, "
+            f"{len(self.violations)} violations; "
             f"{self.rounds} rounds in {self.seconds:.0f} s, {self.children} child processes, "
+            f"{self.outlived} of which rightly outlived their run, "
             f"hit within prepare and release at {len(self.boundaries)} boundaries; "
             f"slowest start after a dead run {slowest:.2f} s\n({kinds})"
         )
@@ -148,10 +128,12 @@ class Figure:
         ordered = sorted(self.starts) or [0.0]
         return {
             "kills": self.kills,
+            "programs": self.programs,
             "runs": self.runs,
             "violations": self.violations,
             "rounds": self.rounds,
             "children": self.children,
+            "children_that_rightly_outlived_their_run": self.outlived,
             "hits": dict(sorted(self.hits.items())),
             "boundaries_hit": len(self.boundaries),
             "start_after_a_dead_run_seconds": {
@@ -191,7 +173,9 @@ class Zygote:
             return []
         data = os.read(self._process.stdout.fileno(), 65536)
         if not data:
-            raise AssertionError("the zygote has ended")
+            raise AssertionError(
+                "the zygote has ended: " + (self._directory / "zygote.err").read_text()[-2000:]
+            )
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
@@ -216,21 +200,27 @@ class Round:
     directory: Path
     mark: str
     contenders: list[Contender]
+    ledger: Ledger
     deletions: list[float] = attrs.field(factory=list)  # of all lock files, seconds from the start
     exclusion_may_end: bool = False
+    is_ordered: bool = False  # those who wait are served in the order in which they came
     violations: list[str] = attrs.field(factory=list)
     is_over: bool = False
     deleted: int = 0
+    outlived: int = 0
     began: float = 0.0
-    sweeping: bool = False
+    _phase: Literal["contest", "sweep", "farewell"] = "contest"
+    _sweeps: int = 0
     _since: float = 0.0  # of the contest, or the sweep
     _offset: int = 0
-    _overdue: bool = False
+    _told_at: float = 0.0  # that it takes too long
+    _journal: Journal = attrs.field(init=False)
     _zygote: Zygote = attrs.field(init=False)
 
     @property
     def projects(self) -> list[str]:
-        return sorted({contender.project for contender in self.contenders})
+        blocks = (block for c in self.contenders for block in c.plan.all_blocks)
+        return sorted({block.project for block in blocks})
 
     def lock_path(self, project: str) -> Path:
         return Path(os.environ["ORCHARD_INFRA_DIR"], "locks", f"{project}.lock")
@@ -239,11 +229,12 @@ class Round:
         self.began = self._since = time.monotonic()
         self.directory.mkdir()
         self._zygote = zygote
+        self._journal = Journal(self.directory / "journal", "arena")
 
     def tick(self) -> None:
         """Read what has happened, and do what is due."""
         now = time.monotonic()
-        self._read_journal()
+        self.read_journal()
         for contender in self.contenders:
             if contender.started is None:
                 if self._may_start(contender, now):
@@ -254,27 +245,30 @@ class Round:
             self.deletions.pop(0)
             for project in self.projects:
                 self._delete(project)
-        if all(contender.status is not None for contender in self.contenders):
-            self._read_journal()
-            if self.sweeping:
-                self._finish()
-            else:
-                self._sweep()
-        elif now > self._since + _ROUND and not self._overdue:
-            self._overdue = True
-            left = [c.name for c in self.contenders if c.status is None]
-            self.violation(f"still running after {_ROUND:.0f} s: {', '.join(left)}")
-            for contender in self.contenders:
-                if contender.started is None:
-                    contender.started, contender.status = now, 0
-                elif contender.pid is not None:
-                    contender.hits.append("KILL")
-                    self._zygote.signal(contender.pid, "KILL")
+        left = [c for c in self.contenders if c.status is None]
+        lingers = self._phase != "farewell" and all(c.lingers and not c.resume_at for c in left)
+        if not left or lingers:
+            self.read_journal()
+            self._go_on(left)
+        elif now > self._since + _ROUND:
+            self._end_overdue(left, now)
+
+    def _end_overdue(self, left: list[Contender], now: float) -> None:
+        if not self._told_at:
+            self._told_at = now
+            names = ", ".join(c.name for c in left)
+            self.violation(f"still running after {_ROUND:.0f} s: {names}; the logs show where")
+        what = "KILL" if now > self._told_at + 1.0 else "QUIT"  # which has its stacks printed
+        for contender in left:
+            if contender.started is None:
+                contender.started, contender.status = now, 0
+            elif contender.pid is not None and what not in contender.hits:
+                contender.hits.append(what)
+                self._zygote.signal(contender.pid, what)
 
     def end_of(self, contender: Contender, status: int) -> None:
         contender.status = status
-        contender.ended = time.monotonic()
-        self._read_journal()
+        self.read_journal()
         self._judge(contender)
 
     def violation(self, text: str) -> None:
@@ -283,7 +277,8 @@ class Round:
     def story(self) -> str:
         """All that is known, for whoever has to find the cause."""
         lines = [f"round with SEED={self.seed}", *self.violations]
-        lines += [f"  {contender.describe()}" for contender in self.contenders]
+        for c in self.contenders:
+            lines.append(f"  {c.plan}; status {c.status}, hit by {c.hits or 'nothing'}")
         for event in read_journal(self.directory / "journal")[0]:
             at, who, what = event.pop("at"), event.pop("who"), event.pop("event")
             if what != "boundary":
@@ -296,25 +291,16 @@ class Round:
         return "\n".join(lines)
 
     def _may_start(self, contender: Contender, now: float) -> bool:
-        first = next((c for c in self.contenders if c.name == contender.follows), None)
+        first = next((c for c in self.contenders if c.name == contender.plan.follows), None)
         if first is not None and first.status is None:
             return False
-        return now >= self.began + contender.start_at
+        return now >= self.began + contender.plan.start_at
 
     def _start(self, contender: Contender) -> None:
         plan = {
-            "name": contender.name,
-            "project": contender.project,
+            **attrs.asdict(contender.plan),
             "directory": str(self.directory),
             "mark": self.mark,
-            "timeout": contender.timeout,
-            "children": contender.children,
-            "body": contender.body,
-            "ending": contender.ending,
-            "mode": contender.mode,
-            "boundary": contender.boundary,
-            "trace": contender.trace,
-            "loses_lock": contender.loses_lock,
             "exclusion_may_end": self.exclusion_may_end,
             "grace": GRACE,
             "patience": PATIENCE,
@@ -322,7 +308,7 @@ class Round:
         }
         path = self.directory / f"{contender.name}.plan"
         path.write_text(json.dumps(plan))
-        command = {"exec": [*_EXEC, str(path)]} if contender.by_exec else {"plan": str(path)}
+        command = {"exec": [*_EXEC, str(path)]} if contender.plan.by_exec else {"plan": str(path)}
         log = self.directory / f"{contender.name}.log"
         self._zygote.start(f"{self.mark}/{contender.name}", log, **command)
         contender.started = time.monotonic()
@@ -332,23 +318,33 @@ class Round:
         while contender.resume_at and now >= contender.resume_at[0]:
             contender.resume_at.pop(0)
             self._zygote.signal(contender.pid, "CONT")
-        for attack in contender.attacks:
+        attacks = contender.plan.attacks
+        for attack in attacks:
             if attack.due is None and attack.after in contender.events:
                 attack.due = contender.events[attack.after] + attack.delay
-        for attack in [a for a in contender.attacks if a.due is not None and now >= a.due]:
-            contender.attacks.remove(attack)
+        for attack in [a for a in attacks if a.due is not None and now >= a.due]:
+            attacks.remove(attack)
+            if self._sweeps:
+                continue  # those that linger are left alone by then
             if attack.what == "worker":
-                workers = [who for who, kind in contender.family.items() if kind != "opted-out"]
-                if workers and send(workers[0], signal.SIGKILL):
-                    contender.hits.append("worker")
-            elif attack.what == _LOST:
-                self._delete(contender.project)
+                self._attack_child(contender)
+            elif attack.what == LOST:
+                self._delete(contender.plan.blocks[0].project)
             else:
                 # Noted first: it may never be known whether it came before the end.
                 contender.hits.append(attack.what)
                 self._zygote.signal(contender.pid, attack.what)
                 if attack.what == "STOP":
                     contender.resume_at.append(now + attack.lasts)
+
+    def _attack_child(self, contender: Contender) -> None:
+        for child in contender.program.children.values():
+            if child.kind != "opted-out" and lives(child.who):
+                # Written down before: somebody may look for it in the next instant.
+                self._journal.write("attacked", pid=child.who.pid, started=child.who.started)
+                send(child.who, signal.SIGKILL)
+                contender.hits.append("worker")
+                return
 
     def _delete(self, project: str) -> None:
         try:
@@ -357,18 +353,17 @@ class Round:
         except FileNotFoundError:
             pass
 
-    def _read_journal(self) -> None:
+    def read_journal(self) -> None:
+        """Take down what was written since the last time."""
         lines, self._offset = read_journal(self.directory / "journal", self._offset)
         by_name = {contender.name: contender for contender in self.contenders}
         for line in lines:
-            contender = by_name[line["who"]]
-            event = line["event"]
+            self.ledger.enter(line)
+            event, contender = line["event"], by_name.get(line["who"])
+            if contender is None:
+                continue
             contender.events.setdefault(event, line["at"])
-            if event == "registering":
-                contender.run_id, contender.tmp_dir = line["run_id"], line["tmp_dir"]
-            elif event == "child":
-                contender.family[Identity(line["pid"], line["started"])] = line["kind"]
-            elif event == "hit":
+            if event == "hit":
                 contender.hits.append(line["what"])
                 if line["what"] == "STOP":
                     contender.resume_at.append(time.monotonic() + 0.1)
@@ -378,39 +373,44 @@ class Round:
                 self.violation(f"{contender.name} failed:\n{line['traceback']}")
             elif event == "violation":
                 self.violation(f"{contender.name}: {line['text']}")
-            elif event == "leaving" and contender.ending != "normal":
-                contender.hits.append(contender.ending)
-
-    # What must hold.
+            elif event == "lost":
+                child = self.ledger.child(Identity(line["pid"], line["started"]))
+                if contender.program.verdict(child, has_gone=False) == "lives":
+                    self.violation(f"{contender.name} lives, and lost its {child.kind} {child.who}")
+            elif event == "leaving" and line["ending"] != "normal":
+                contender.hits.append(line["ending"])
 
     def _judge(self, contender: Contender) -> None:
         self._judge_status(contender)
         if contender.was_killed:
             return
-        # However it was ended: what runs code of its own leaves nothing for the next one.
-        if contender.run_id is not None:
-            run_id = contender.run_id
-            for path in (self._record(run_id), Path(contender.tmp_dir or "/nothing")):
+        # However it was ended: who runs code of its own to the end leaves no file but evidence.
+        for run in contender.program.runs.values():
+            if run.fate == "abandoned":
+                if contender.is_healthy:
+                    self.violation(f"a release of {contender.name} failed, and nothing hit it")
+                continue
+            left = [Path(run.tmp_dir)]
+            if not contender.plan.starts_children:  # that may be evidence of it
+                left.append(self._record(run.run_id))
+            for path in left:
                 if path.exists():
                     self.violation(f"{contender.name} ended by itself and left {path}")
-            if f'"{run_id}"'.encode() in read_bytes(self.lock_path(contender.project)):
+            if f'"{run.run_id}"'.encode() in read_bytes(self.lock_path(run.project)):
                 self.violation(f"{contender.name} ended by itself and left its lock file")
-        for child, kind in contender.family.items():
-            if kind != "opted-out" and lives(child):
-                self.violation(f"{contender.name} ended by itself and left {kind} {child}")
 
     def _judge_status(self, contender: Contender) -> None:
-        status, hits = contender.status, set(contender.hits)
+        status, hits, plan = contender.status, set(contender.hits), contender.plan
         allowed = {_FINE, _FAILED if "exception" in hits else _FINE}
         if "sys.exit" in hits:
             allowed.add(_EXITED)
         if "_exit" in hits:
             allowed.add(9)
-        if contender.timeout is not None and not contender.is_sweeper:
+        if not plan.is_sweeper and any(b.timeout is not None for b in plan.blocks):
             allowed.add(_LOCKED)
         if "INT" in hits:
             allowed.add(71)  # between two lines of zygote.py
-            if contender.by_exec and "start" not in contender.events:
+            if plan.by_exec and "start" not in contender.events:
                 allowed.add(1)  # within the start of the interpreter
         for what in hits & {"KILL", "TERM", "INT", "HUP"}:
             allowed.add(-int(signal.Signals["SIG" + what]))
@@ -421,59 +421,129 @@ class Round:
             hit = ", ".join(contender.hits) or "nothing"
             self.violation(f"{contender.name} ended with {status}, hit by {hit}")
 
+    # The sweep, and what must hold after it.
+
+    def _go_on(self, lingering: list[Contender]) -> None:
+        """All have ended but these, which linger."""
+        if self._phase in ("contest", "farewell"):
+            self._sweep()
+            return
+        self._check_after_sweep(lingering)
+        if lingering:
+            (self.directory / "end").touch()
+            self._phase, self._since = "farewell", time.monotonic()
+        else:
+            self._finish()
+
     def _sweep(self) -> None:
         """Let a run enter each lock, in peace: what dead ones have left goes now, or stays."""
-        self.sweeping = True
+        self._phase = "sweep"
+        self._sweeps += 1
         self._since = time.monotonic()
         self.deletions.clear()
         for number, project in enumerate(self.projects):
-            self.contenders.append(
-                Contender(f"sweeper{number}", project, timeout=0.0, is_sweeper=True)
-            )
+            plan = one_run(f"sweeper{self._sweeps}.{number}", project, timeout=0.0, is_sweeper=True)
+            self.contenders.append(self._enlist(plan))
+
+    def enlist(self, plans: Iterable[Plan]) -> None:
+        """Have these programs take part."""
+        self.contenders += map(self._enlist, plans)
+
+    def _enlist(self, plan: Plan) -> Contender:
+        return Contender(plan, self.ledger.programs.setdefault(plan.name, Program(plan.name)))
+
+    def _check_after_sweep(self, lingering: list[Contender]) -> None:
+        living = {contender.name for contender in lingering}
+        for program, child in self.ledger.children():
+            verdict = program.verdict(child, has_gone=program.name not in living)
+            alive = lives(child.who)
+            if verdict == ("gone" if alive else "lives"):
+                what = "is left" if alive else "is gone"
+                of = "lives" if program.name in living else "has ended"
+                self.violation(
+                    f"{child.kind} {child.who} of {program.name}, which {of}, {what} "
+                    f"after the sweep: {command_of(child.who.pid)}"
+                )
+        for program in self.ledger.programs.values():
+            if program.name not in living:
+                self._check_files_of(program)
+        for contender in self.contenders:
+            took = contender.events.get("in", 0.0) - contender.events.get("start", 0.0)
+            if contender.plan.is_sweeper and took > START:
+                self.violation(f"{contender.name} took {took:.2f} s to start")
+
+    def _check_files_of(self, program: Program) -> None:
+        files = [(self._record(run.run_id), Path(run.tmp_dir)) for run in program.runs.values()]
+        left = [path for path in itertools.chain(*files) if path.exists()]
+        if left and not program.is_outlived(self.mark):
+            names = ", ".join(map(str, left))
+            self.violation(f"left of {program.name} after the sweep: {names}")
+        if program.who is not None and identity(program.who.pid) is None:
+            memory = Path(f"/dev/shm/pym-{program.who.pid}-chaos")
+            if memory.exists():
+                self.violation(f"{memory} of {program.name} is left after the sweep")
+                memory.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         self.is_over = True
-        for contender in self.contenders:
-            for what in (self._record(contender.run_id or "x"), Path(contender.tmp_dir or "/x")):
-                if what.exists():
-                    self.violation(f"{what} of {contender.name} is left after the sweep")
-            took = contender.events.get("in", 0.0) - contender.events.get("start", 0.0)
-            if contender.is_sweeper and took > START:
-                self.violation(f"the next run of {contender.project} took {took:.2f} s to start")
-            if contender.pid is not None and identity(contender.pid) is None:
-                memory = Path(f"/dev/shm/pym-{contender.pid}-chaos")
-                if memory.exists():
-                    self.violation(f"{memory} is left after the sweep")
-                    memory.unlink(missing_ok=True)
         for project in self.projects:
-            if self.lock_path(project).exists():
+            lock = self.lock_path(project)
+            if lock.exists():
                 self.violation(f"the lock of {project} is left after the sweep")
-        self._look_for_processes()
+            for queue in (lock.parent.parent / "queues").glob(f"*-{lock.name}"):
+                tickets = sorted(path.name for path in queue.glob("*"))
+                self.violation(f"the queue of {project} is left after the sweep: {tickets}")
+        if self.is_ordered:
+            self._check_order()
+        self._clear()
 
-    def _look_for_processes(self) -> None:
-        family = {who: kind for c in self.contenders for who, kind in c.family.items()}
-        daemons = [who for who, kind in family.items() if kind == "opted-out"]
-        for who in daemons:
-            if not send(who, signal.SIGKILL) and not self._took_the_daemon(who):
-                self.violation(f"a daemon that had opted out is gone: {who}")
-        for who in set(self._marked()) - set(daemons):
-            environ = read_bytes(f"/proc/{who.pid}/environ").split(b"\0")
-            if b"ORCHARD_INFRA_RUN_ID=" not in environ:  # else a daemon that was never written down
-                kind = family.get(who, "child, or contender")
-                self.violation(f"{who} ({kind}) is left after the sweep: {command_of(who.pid)}")
-            send(who, signal.SIGKILL)
+    def _check_order(self) -> None:
+        """Who took a ticket before another one arrived has the lock before that one."""
+        healthy = [
+            c for c in self.contenders if c.is_healthy and "holds" in c.events and c.plan.blocks
+        ]
+        for first, second in itertools.permutations(healthy, 2):
+            if "waits" not in first.events or "arrives" not in second.events:
+                continue
+            came_before = first.events["waits"] < second.events["arrives"]
+            if came_before and first.events["holds"] > second.events["holds"]:
+                self.violation(f"{second.name} came after {first.name}, and was served before it")
+        free_since = 0.0
+        waiting = [c for c in healthy if "waits" in c.events]
+        for line in read_journal(self.directory / "journal")[0]:
+            if line["event"] == "dropped":
+                free_since = line["at"]
+            elif line["event"] == "holds" and free_since:
+                waits = (c for c in waiting if c.events["waits"] < free_since < c.events["holds"])
+                if line["at"] - free_since > _HANDOFF and any(waits):
+                    took = line["at"] - free_since
+                    self.violation(f"the lock was free for {took:.1f} s although runs waited")
 
-    def _took_the_daemon(self, who: Identity) -> bool:
-        """Whether it was hit as a worker on purpose."""
-        return any("worker" in c.hits and who in c.family for c in self.contenders)
+    def _clear(self) -> None:
+        """Count what rightly lives on, and end all of it."""
+        noted: dict[Identity, Child] = {child.who: child for _, child in self.ledger.children()}
+        left = set(marked(self.mark))
+        deadline = time.monotonic() + 2.0
+        while left - set(noted) and time.monotonic() < deadline:
+            unexplained = [who for who in left if who not in noted and not self._may_live(who)]
+            if not unexplained:
+                break
+            time.sleep(0.05)  # it may be on its way out
+            left = set(marked(self.mark))
+        for who in left:
+            if who not in noted and not self._may_live(who) and lives(who):
+                self.violation(f"{who} is left after the sweep: {command_of(who.pid)}")
+            self.outlived += send(who, signal.SIGKILL)
 
-    def _marked(self) -> Iterator[Identity]:
-        mark = self.mark.encode()
-        for who in all_identities():
-            environ = read_bytes(f"/proc/{who.pid}/environ").split(b"\0")
-            name = read_bytes(f"/proc/{who.pid}/comm").strip()
-            if name == mark or b"CHAOS_MARK=" + mark in environ:
-                yield who
+    def _may_live(self, who: Identity) -> bool:
+        """Whether what nobody had the time to write down may have outlived its run."""
+        if session_of(who.pid) != os.getsid(0):
+            return True
+        run = self.ledger.run(self._run_of(who) or "")
+        return not is_fork(who, self.mark) and (run is None or run.fate in ("ended", "unsure"))
+
+    def _run_of(self, who: Identity) -> str | None:
+        return environ_of(who.pid).get(_RUN_ID)
 
     def _record(self, run_id: str) -> Path:
         return Path(os.environ["ORCHARD_INFRA_DIR"], "runs", f"{run_id}.run")
@@ -492,7 +562,7 @@ class Arena:
         self._numbers = itertools.count()
         self._stories: list[str] = []
         self._bystanders: dict[str, Identity] = {}
-        self._start_bystanders()
+        self._neighbours = self._start_bystanders()
 
     def play(self, rounds: Iterable[Round], at_once: int = 6) -> list[Round]:
         """Play all of them, or until it is time to give up. Returns those that were played."""
@@ -518,41 +588,61 @@ class Arena:
                     played.append(round_)
                     self._account(round_)
 
-    def new_round(self, seed: int, contenders: list[Contender], **options: Any) -> Round:
+    def new_round(self, seed: int, plans: Iterable[Plan], **options: Any) -> Round:
         mark = f"{self._mark}-{next(self._numbers)}"
-        for contender in contenders:
-            contender.project = f"{mark}-{contender.project}"
-        return Round(seed, self.directory / mark, mark, list(contenders), **options)
+        round_ = Round(seed, self.directory / mark, mark, [], Ledger(), **options)
+        plans = list(plans)
+        for block in (block for plan in plans for block in plan.all_blocks):
+            block.project = f"{mark}-{block.project}"
+        round_.enlist(plans)
+        return round_
 
     def assert_no_violation(self) -> None:
         """Raise with the whole story of the rounds that had one."""
         assert not self._stories, "\n\n".join(self._stories)
 
     def close(self) -> None:
-        """Look after the bystanders, and send them home."""
+        """Look at what all of them together have left, and end the bystanders."""
         try:
+            if not self._stories:
+                self.play([self.new_round(0, [one_run("last", "last")])])
+                self._check_registry()
             for name, who in self._bystanders.items():
                 if not lives(who):
                     self._blame(f"the bystander {name} has died: {who}")
-            for pid, (_, contender) in self._by_pid.items():
-                self._zygote.signal(pid, "KILL")
-                contender.hits.append("KILL")
         finally:
             for who in self._bystanders.values():
                 send(who, signal.SIGKILL)
             self._zygote.close()
 
-    def _start_bystanders(self) -> None:
-        """Two live runs of other projects with children, a script that runs the same program
-        without being in a run, and a process that has nothing to do with any of this."""
+    def _check_registry(self) -> None:
+        """All contenders are dead, and so is what outlived them: nobody is on record any more."""
+        self._neighbours.read_journal()
+        programs = self._neighbours.ledger.programs.values()
+        known = {run_id for program in programs for run_id in program.runs}
+        directory = Path(os.environ["ORCHARD_INFRA_DIR"])
+        left = [
+            path.name
+            for path in (*directory.glob("runs/*"), *directory.glob("queues/*"))
+            if path.name.partition(".")[0] not in known
+        ]
+        if left:
+            self._blame(f"left when all runs were over: {', '.join(sorted(left))}")
+
+    def _start_bystanders(self) -> Round:
+        """Two live runs of other projects with children, a program that has left its run and
+        goes on with its children, a script that runs the same program without being in a run,
+        and a process that has nothing to do with any of this.
+        """
         log = self.directory / "bystanders.log"
-        children = ("busy", "setsid", "exec", "exec-setsid")
-        lasting = {"body": 1e6, "children": children}
+        children = ("busy", "setsid", "exec", "exec-setsid", "echo")
+        ended = one_run("ended", "three", children=children, goes_on=1e6)
         neighbours = self.new_round(
             0,
             [
-                Contender("forked", "one", **lasting),
-                Contender("executed", "two", by_exec=True, **lasting),
+                one_run("forked", "one", body=1e6, children=children),
+                one_run("executed", "two", body=1e6, children=children, by_exec=True),
+                ended,
             ],
         )
         neighbours.begin(self._zygote)
@@ -560,16 +650,19 @@ class Arena:
         self._zygote.start("stranger", log, exec=["sleep", "100000"])
         deadline = time.monotonic() + 60.0
         while len(self._bystanders) < 2 or not all(
-            len(c.family) == 5 and "working" in c.events for c in neighbours.contenders
+            len(c.program.children) == 6 and {"working", "goes on"} & c.events.keys()
+            for c in neighbours.contenders
         ):
-            assert time.monotonic() < deadline, neighbours.story()
+            if time.monotonic() > deadline or neighbours.violations:
+                raise AssertionError(neighbours.story())
             self._receive([neighbours])
             neighbours.tick()
         for contender in neighbours.contenders:
             assert contender.pid is not None
             self._add_bystander(contender.name, contender.pid)
-            for who, kind in contender.family.items():
-                self._bystanders[f"{kind} {who.pid} of {contender.name}"] = who
+            for who, child in contender.program.children.items():
+                self._bystanders[f"{child.kind} {who.pid} of {contender.name}"] = who
+        return neighbours
 
     def _add_bystander(self, name: str, pid: int) -> None:
         who = identity(pid)
@@ -599,15 +692,20 @@ class Arena:
     def _account(self, round_: Round) -> None:
         figure = self.figure
         figure.rounds += 1
+        figure.outlived += round_.outlived
         for contender in round_.contenders:
-            figure.runs += 1
-            figure.children += len(contender.family)
+            figure.programs += 1
+            figure.runs += len(contender.program.runs)
+            figure.children += len(contender.program.children)
             figure.hits.update(contender.hits)
-            if contender.boundary is not None and contender.hits:
-                figure.boundaries.add(contender.boundary["boundary"])
-            if contender.is_sweeper and "in" in contender.events:
+            if contender.plan.boundary is not None and contender.hits:
+                figure.boundaries.add(contender.plan.boundary["boundary"])
+            if contender.plan.is_sweeper and "in" in contender.events:
                 figure.starts.append(contender.events["in"] - contender.events["start"])
         figure.hits["deleted lock"] += round_.deleted
+        self._neighbours.read_journal()
+        round_.violations += self._neighbours.violations
+        self._neighbours.violations.clear()
         for name, who in list(self._bystanders.items()):
             if not lives(who):
                 round_.violation(f"the bystander {name} has died: {who}")
@@ -622,71 +720,3 @@ class Arena:
     def _blame(self, text: str) -> None:
         self.figure.violations.append(text)
         self._stories.append(text)
-
-
-def random_round(arena: Arena, seed: int, boundaries: list[tuple[str, int]]) -> Round:
-    """A round at random; the same seed gives the same one."""
-    rng = random.Random(seed)
-    projects = ["a", "b"][: rng.choice([1, 1, 1, 2])]
-    contenders = [
-        _random_contender(rng, f"c{number}", rng.choice(projects), boundaries)
-        for number in range(rng.randint(2, 5))
-    ]
-    return arena.new_round(seed, contenders)
-
-
-def round_without_locks(arena: Arena, seed: int) -> Round:
-    """A round in which lock files are deleted: under one run that has to notice, and at random."""
-    rng = random.Random(seed)
-    loser = Contender(
-        "loser",
-        "a",
-        children=tuple(rng.choices(CHILDREN, k=rng.choice([0, 1, 2]))),
-        mode=rng.choice(["raise", "flag"]),
-        loses_lock=True,
-    )
-    loser.attacks.append(Attack("working", rng.uniform(0.0, 0.2), _LOST))
-    others = [
-        _random_contender(rng, f"c{number}", rng.choice(["a", "b"]), [])
-        for number in range(rng.randint(1, 4))
-    ]
-    deletions = sorted(rng.uniform(0.0, 1.0) for _ in range(rng.randint(0, 6)))
-    return arena.new_round(seed, [loser, *others], deletions=deletions, exclusion_may_end=True)
-
-
-def _random_contender(
-    rng: random.Random, name: str, project: str, boundaries: list[tuple[str, int]]
-) -> Contender:
-    contender = Contender(
-        name,
-        project,
-        timeout=rng.choice([None, None, None, 0.0, 1.0]),
-        children=tuple(rng.choices(CHILDREN, k=rng.choice([0, 1, 1, 2, 3]))),
-        body=rng.choice([0.0, rng.uniform(0.0, 0.15)]),
-        mode=rng.choice(["raise", "raise", "flag"]),
-        start_at=rng.uniform(0.0, 0.3),
-        by_exec=rng.random() < 0.12,
-    )
-    fate = rng.random()
-    if fate < 0.40:
-        for _ in range(rng.choice([1, 1, 1, 2, 3])):
-            contender.attacks.append(_random_attack(rng))
-    elif fate < 0.75 and boundaries:
-        boundary, occurrence = rng.choice(boundaries)
-        what = rng.choice(["KILL", "KILL", "TERM", "INT", "HUP", "STOP", "_exit"])
-        contender.boundary = {"boundary": boundary, "occurrence": occurrence, "what": what}
-        if rng.random() < 0.2:
-            contender.attacks.append(_random_attack(rng))
-    elif fate < 0.87:
-        contender.ending = rng.choice(["exception", "sys.exit", "_exit"])
-    return contender  # the rest are healthy
-
-
-def _random_attack(rng: random.Random) -> Attack:
-    after = rng.choice(["start", "start", "holds", "in", "working", "leaving"])
-    return Attack(
-        after,
-        delay=rng.choice([0.0, rng.uniform(0.0, 0.03), rng.uniform(0.0, 0.3)]),
-        what=rng.choice(["KILL", "KILL", "TERM", "TERM", "INT", "HUP", "STOP", "STOP", "worker"]),
-        lasts=rng.uniform(0.01, 0.4),
-    )

@@ -1,4 +1,4 @@
-"""Where a run can be hit from within: before and after every step of prepare and release.
+"""Where a run can be hit from within: before and after each step of prepare and release.
 
 All of it is done to the package from outside, in the process of one contender.
 """
@@ -14,65 +14,128 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import orchard_infra.artifacts.sweeping
+import orchard_infra.artifacts.temporary
 import orchard_infra.locks.file
-import orchard_infra.locks.keeper
-import orchard_infra.runs
+import orchard_infra.locks.queue
+import orchard_infra.runs.registry
 import orchard_infra.sanitizing.ghosts
 import orchard_infra.session
-import orchard_infra.system.files
 from chaos.observing import Journal
-from orchard_infra import FileLock, GhostSanitizer, RunRegistry, SignalStop, TemporaryArtifacts
+from orchard_infra import (
+    FileLock,
+    GhostSanitizer,
+    RunRegistry,
+    SignalStop,
+    TemporaryArtifacts,
+    managed_environment,
+)
+from orchard_infra.artifacts.removing import Removal
 from orchard_infra.devices.torch_caches import TorchCacheFlusher
-from orchard_infra.locks.file import FileLease, _Attempt
+from orchard_infra.environment import Environment
+from orchard_infra.exits import Exits
+from orchard_infra.locks.acquiring import Pause, _Attempt
+from orchard_infra.locks.file import FileLease
 from orchard_infra.locks.keeper import Keeper
+from orchard_infra.locks.queue import Place, _Ticket
+from orchard_infra.runs.members import MembersFile
 from orchard_infra.runs.registry import Registration
+from orchard_infra.sanitizing import exiting
+from orchard_infra.sanitizing.leftovers import Block
 from orchard_infra.session import Session
 from orchard_infra.stopping.signals import SignalWatch
+from orchard_infra.stopping.takeover import Takeover
+from orchard_infra.system import background, files, reserve
 
-# The steps that a session takes and the ones that they consist of. A name that the package has
+# The steps of prepare and release, and the ones that they consist of. A name that the package has
 # no more is an error here, so that nothing goes uncovered in silence.
 _STEPS: tuple[tuple[Any, str], ...] = (
-    (SignalStop, "arm"),
-    (SignalWatch, "take_over"),
+    (managed_environment, "__enter__"),
+    (managed_environment, "_new_session"),
     (Session, "_run_to_join"),
-    (Session, "_describe"),
-    (Session, "_begin"),
+    (Session, "_make_environment"),
+    (reserve, "hold"),
+    (Environment, "_begin"),
+    (background, "add"),
+    (Exits, "enter"),
+    (Exits, "callback"),
+    (SignalStop, "around"),
+    (SignalWatch, "__enter__"),
+    (SignalWatch, "_start"),
+    (Takeover, "take_over"),
+    (Environment, "before_release"),
     (RunRegistry, "register"),
-    (orchard_infra.files, "private_directory"),
-    (orchard_infra.files, "create_exclusive"),
-    (orchard_infra.files, "open_existing"),
-    (orchard_infra.files, "write_whole"),
-    (orchard_infra.runs, "lock_descriptor"),
-    (Session, "_put_run_id"),
-    (Session, "_lock"),
-    (FileLock, "acquire"),
+    (files, "private_directory"),
+    (files, "create_exclusive"),
+    (files, "open_existing"),
+    (files, "write_whole"),
+    (orchard_infra.runs.registry, "lock_descriptor"),
+    (orchard_infra.session, "export"),
+    (_Attempt, "begin"),
+    (_Attempt, "succeeds"),
+    (_Attempt, "pause"),
+    (_Attempt, "_clear"),
+    (_Attempt, "end"),
+    (Pause, "wait"),
+    (FileLock, "try_acquire"),
+    (FileLease, "_make"),
+    (FileLease, "_hold"),
+    (FileLease, "_sign"),
     (orchard_infra.locks.file, "lock_descriptor"),
-    (_Attempt, "hand_over"),
-    (FileLease, "take"),
+    (Place, "__enter__"),
+    (Place, "is_first"),
+    (Place, "_look"),
+    (_Ticket, "take"),
     (Keeper, "start"),
-    (Session, "_sanitize"),
+    (Registration, "update"),
+    (Registration, "note_members"),
+    (MembersFile, "add"),
+    (GhostSanitizer, "around"),
+    (GhostSanitizer, "clear_dead"),
     (GhostSanitizer, "sanitize"),
-    (GhostSanitizer, "look_alikes"),
-    (GhostSanitizer, "stop_survivors"),
-    (orchard_infra.sanitizing, "stop_processes"),
-    (Session, "_collect"),
-    (TemporaryArtifacts, "collect"),
+    (GhostSanitizer, "_stop_survivors"),
+    (GhostSanitizer, "stop"),
+    (GhostSanitizer, "_stop_look_alikes"),
+    (orchard_infra.sanitizing.ghosts, "stop_processes"),
+    (Block, "begin"),
+    (TemporaryArtifacts, "around"),
+    (orchard_infra.artifacts.temporary, "sweep"),
+    (orchard_infra.artifacts.sweeping, "collect"),
+    (Environment, "put_on_record"),
+    (RunRegistry, "dead_runs"),
+    (TorchCacheFlusher, "around"),
+    (Session, "_forget_dead_runs"),
     (RunRegistry, "remove"),
     (RunRegistry, "collect_unnamed"),
-    (Registration, "update"),
-    (TemporaryArtifacts, "open"),
-    (Session, "_undo"),
+    (Session, "_ready"),
+    (managed_environment, "__exit__"),
     (Session, "close"),
+    (Session, "_leave"),
+    (reserve, "let_go"),
     (SignalWatch, "hold"),
-    (GhostSanitizer, "stop_leftovers"),
+    (GhostSanitizer, "_look_back"),
+    (exiting, "let_exit"),
+    (Block, "children"),
+    (Exits, "close"),
+    (Exits, "attempt"),
     (TorchCacheFlusher, "flush"),
-    (TemporaryArtifacts, "close"),
+    (TemporaryArtifacts, "_clean"),
+    (Removal, "remove_directory"),
+    (background, "remove"),
     (Keeper, "stop"),
     (FileLease, "release"),
     (orchard_infra.locks.file, "unlock_descriptor"),
+    (Session, "_leave_registry"),
+    (Registration, "end"),
     (Registration, "close"),
-    (SignalWatch, "disarm"),
-    (SignalWatch, "give_back"),
+    (SignalWatch, "_end"),
+    (Takeover, "give_back"),
+    (Environment, "_end"),
+    (background, "finish"),
+    (Place, "__exit__"),
+    (_Ticket, "give_back"),
+    (orchard_infra.locks.queue, "_tidy"),
+    (Session, "_give_up"),
 )
 
 
@@ -98,15 +161,16 @@ class Boundaries:
             else:
                 wrapped = self._around(name, function)
             setattr(owner, attribute, wrapped)
-        undo = vars(Session)["_undo"]
+        carry_out = vars(Exits)["_carry_out"]
 
-        def _undo(session: Session, name: str, step: Callable[[], object]) -> None:
-            undo(session, name, self._around(f"undo {name}", step))
+        def _carry_out(exits: Exits, name: str, step: Callable[[], object]) -> bool:
+            done: bool = carry_out(exits, name, self._around(f"undo {name}", step))
+            return done
 
-        Session._undo = _undo  # type: ignore[method-assign]
+        Exits._carry_out = _carry_out  # type: ignore[method-assign]
 
     def come_by(self, name: str) -> None:
-        # Neither a forked child nor the keeper's thread is at a step of the run.
+        # Neither a forked child nor another thread is at a step of the run.
         if os.getpid() != self._pid or threading.current_thread() is not threading.main_thread():
             return
         self._seen[name] += 1

@@ -47,3 +47,4 @@ def arena(tmp_path, monkeypatch, extent) -> Iterator[Arena]:
         yield arena
     finally:
         arena.close()
+    arena.assert_no_violation()

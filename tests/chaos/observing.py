@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,18 @@ def send(who: Identity, signum: int) -> bool:
         os.close(handle)
 
 
+def session_of(pid: int) -> int | None:
+    """The session of a process, see setsid(2)."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[3])
+
+
+def environ_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; that of a fork is its program's."""
+    entries = read_bytes(f"/proc/{pid}/environ").decode(errors="replace").split("\0")
+    return dict(entry.partition("=")[::2] for entry in entries if "=" in entry)
+
+
 def all_identities() -> list[Identity]:
     """The live processes of this user."""
     found = []
@@ -69,6 +82,18 @@ def all_identities() -> list[Identity]:
         except OSError:
             continue
     return [who for who in found if who is not None]
+
+
+def marked(mark: str) -> Iterator[Identity]:
+    """The live processes of one round, those that nobody had the time to write down included."""
+    for who in all_identities():
+        if is_fork(who, mark) or environ_of(who.pid).get("CHAOS_MARK") == mark:
+            yield who
+
+
+def is_fork(who: Identity, mark: str) -> bool:
+    """Whether a process was forked by a contender of this round, or is one."""
+    return read_bytes(f"/proc/{who.pid}/comm").strip() == mark.encode()
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -17,9 +17,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import portalocker  # noqa: F401 what the package imports when it is needed
+import asyncio  # noqa: F401 what contenders and the package import when they need it
+
+import portalocker  # noqa: F401
 
 from chaos import contender
+from chaos.children import rename_this_process
 
 
 def main() -> None:
@@ -72,6 +75,7 @@ def _become(command: dict[str, Any]) -> None:
     os.closerange(3, 1024)
     if "exec" in command:
         os.execvp(command["exec"][0], command["exec"])
+    rename_this_process([sys.executable, "-c", "#"])
     os._exit(contender.begin(json.loads(Path(command["plan"]).read_text())))
 
 
