@@ -616,3 +616,26 @@ def frozen_by_the_kernel(pid: int) -> Iterator[None]:
         wait_until(lambda: not (group / "cgroup.procs").read_text() or state_of(pid) != "D")
         (Path("/sys/fs/cgroup/freezer/cgroup.procs")).write_text(str(pid))
         group.rmdir()
+
+
+def test_the_children_of_a_process_that_got_the_pid_of_a_target_are_not_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A target that ends right after it was looked at may have lost its pid to a stranger."""
+    source = "import subprocess; subprocess.run(['sh', '-c', 'echo $$; exec sleep 60'])"
+    scan = processes.parents
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE) as stranger:
+        assert stranger.stdout is not None
+        child = identify(int(stranger.stdout.readline()))
+        target = identify(stranger.pid)
+
+        def a_moment_later() -> dict[int, tuple[int, float]]:
+            rows = scan()
+            return {**rows, target.pid: (os.getpid(), target.create_time + 1.0)}
+
+        monkeypatch.setattr(processes, "parents", a_moment_later)
+        try:
+            stop_processes([target], grace=0.5, spare=lambda pid: False)
+            assert processes.is_alive(child)
+        finally:
+            os.kill(child.pid, signal.SIGKILL)

@@ -356,3 +356,27 @@ def test_a_function_of_ones_own_is_called_with_what_the_worker_is_given() -> Non
 def test_it_pickles() -> None:
     assert pickle.loads(pickle.dumps(shield_worker)) is shield_worker
     assert repr(pickle.loads(pickle.dumps(shield_worker(len)))) == repr(shield_worker(len))
+
+
+def test_a_worker_without_a_free_descriptor_does_not_take_its_parent_for_dead(
+    tmp_path: Path,
+) -> None:
+    program = run_python(
+        tmp_path,
+        """
+        import os, resource, signal, threading, time
+        from orchard_infra.stopping import shielding
+        from orchard_infra.system import processes
+
+        worker = os.fork()
+        if worker == 0:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+            parent = os.getppid()
+            threading.Thread(target=shielding._end_with, args=(parent, parent), daemon=True).start()
+            time.sleep(1.5)  # three looks
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+        """,
+    )
+    assert program.wait() == 0, program.transcript()
+    assert program.output.split() == ["7"]

@@ -172,14 +172,26 @@ def _end_with(parent: int, starter: int) -> None:
         from orchard_infra.system import processes
 
         identity = processes.identity_of(parent)
-        while os.getppid() == starter and identity and processes.is_alive(identity):
+        # What cannot be read proves nothing: this process may have no descriptor left.
+        while os.getppid() == starter and not (
+            processes.is_gone(identity) if identity else _is_no_pid(parent)
+        ):
             time.sleep(_POLL)
+            identity = identity or processes.identity_of(parent)
     else:
         if os.getppid() == starter:  # else it may be somebody else who has the pid now
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             poll.poll()
     _end()
+
+
+def _is_no_pid(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return True
+    return False
 
 
 def _end() -> None:

@@ -19,7 +19,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 
@@ -294,7 +294,8 @@ class _Hunt:
 
     def _add_trees(self, roots: Iterable[ProcessIdentity]) -> None:
         """Add these processes and all below them, except what is spared and what is below that."""
-        children = _children()
+        rows = processes.parents()
+        children = _children(rows)
         found: dict[ProcessIdentity, None] = {}
         spared: list[ProcessIdentity] = []
         pending = list(roots)
@@ -304,7 +305,11 @@ class _Hunt:
                 spared.append(identity)
             elif identity not in found:
                 found[identity] = None
-                pending += children.get(identity.pid, ())
+                row = rows.get(identity.pid)
+                # It may have ended since it was looked at. The children of the process that got
+                # its pid are somebody else's.
+                if row is None or row[1] == identity.create_time:
+                    pending += children.get(identity.pid, ())
         while spared:
             identity = spared.pop()
             found.pop(identity, None)
@@ -380,10 +385,10 @@ class _Hunt:
                 pass
 
 
-def _children() -> dict[int, list[ProcessIdentity]]:
-    """The live processes, by the pid of their parent."""
+def _children(rows: Mapping[int, tuple[int, float]]) -> dict[int, list[ProcessIdentity]]:
+    """The processes of a scan, by the pid of their parent."""
     children: dict[int, list[ProcessIdentity]] = {}
-    for pid, (ppid, create_time) in processes.parents().items():
+    for pid, (ppid, create_time) in rows.items():
         children.setdefault(ppid, []).append(ProcessIdentity(pid, create_time))
     return children
 
