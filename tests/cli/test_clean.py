@@ -168,9 +168,10 @@ def tracker(tmp_path):
         from orchard_infra import managed_environment
         with managed_environment("digits"):
             sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-            print("tracker", subprocess.Popen(sleep, start_new_session=True).pid, flush=True)
+            tracker = subprocess.Popen(sleep, start_new_session=True)
             if os.fork() == 0:
                 time.sleep(600)
+            print("tracker", tracker.pid, flush=True)
             input()
         """,
     )
