@@ -177,6 +177,9 @@ class Scan:
             typed = self._typed[cmdline]
             if typed is None or pid == self.me.pid or not self._is_same(pid, typed):
                 continue
+            # A service with PrivateTmp has another registry, too: its run would be in none of ours.
+            if not processes.sees_our_files(pid):
+                continue
             look = Look.at(pid, processes.split_cmdline(cmdline))
             if look is not None and look.runs_what(self.me) and is_ours(pid):
                 alike.append(look)

@@ -267,6 +267,21 @@ def pid_namespace(pid: int | str = "self") -> int:
         return 0
 
 
+def sees_our_files(pid: int) -> bool:
+    """Whether a path means the same file to a process as to us: same mount namespace, same root.
+    False where we may not know.
+    """
+    if not _LINUX:
+        return True
+    try:
+        return all(
+            os.path.samestat(os.stat(f"/proc/self/{what}"), os.stat(f"/proc/{pid}/{what}"))
+            for what in ("ns/mnt", "root")
+        )
+    except OSError:
+        return False
+
+
 @functools.cache
 def own_pid_namespace() -> int:
     """`pid_namespace` of this process, which keeps it until its end."""

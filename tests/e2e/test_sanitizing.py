@@ -284,6 +284,20 @@ def test_root_touches_no_other_user(tmp_path):
     assert is_running(other.pid)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to unshare(1) mounts")
+def test_what_sees_other_files_is_no_twin(tmp_path):
+    """A service with PrivateTmp=yes has a registry of its own, so its live run is in none of ours.
+    And the same path may lead to another script.
+    """
+    ghost(tmp_path).stop()
+    argv = [sys.executable, str(tmp_path / "train.py")]
+    service = run_command(tmp_path, ["unshare", "--mount", *argv])
+    service.wait_for("ready")
+    report = report_of(train(tmp_path))
+    assert all(str(service.pid) not in outcome for outcome in report.values())
+    assert is_running(service.pid)
+
+
 def test_a_live_run_of_another_project_is_sacred_although_it_is_a_twin(tmp_path):
     first = train(tmp_path, project="one", stay=True)
     report_of(first)
