@@ -13,11 +13,14 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import attrs
 
 from orchard_infra.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from orchard_infra.system.processes import ProcessIdentity
 
 # Names of a job: alternatives, the first one that is set counts. The first variable of one has
 # to be set, the others are added where they are.
@@ -321,13 +324,18 @@ def this_launch() -> Launch:
     Raises:
         ConfigurationError: See `Launch.from_environ`.
     """
-    if _telling_variables().isdisjoint(os.environ):
+    if is_plain(os.environ):
         return Launch()
     environ = dict(os.environ)  # which encodes and decodes at every look
     launch = Launch.from_environ(environ)
     if launch.launcher is None:
         return launch
     return Launch.from_environ(environ, started_by=_launcher_process(launch))
+
+
+def is_plain(environ: Mapping[str, str]) -> bool:
+    """Whether an environment tells of no rank and no scheduler: a cheap look, for every run."""
+    return _telling_variables().isdisjoint(environ)
 
 
 @functools.cache
@@ -368,8 +376,58 @@ def is_same_job(job: str | None, other: str | None) -> bool:
     return job_id == other_id != "-"
 
 
+def is_known_elsewhere(job: str | None) -> bool:
+    """Whether a job has an id, by which its ranks on other hosts know it."""
+    return job is not None and job.partition(" ")[2] != "-"
+
+
+def launcher_of(job: str | None) -> ProcessIdentity | None:
+    """The launcher's process that a job names, alive or dead; None where there is none, and where
+    that is on another host.
+    """
+    from orchard_infra.system import processes
+
+    host, _, process = (job or "").partition(" ")[0].rpartition(":")
+    if host != _this_host():
+        return None
+    pid, _, create_time = process.partition("@")
+    try:
+        return processes.ProcessIdentity(int(pid), float(create_time))
+    except ValueError:
+        return None
+
+
+def processes_of_rank_0(launch: Launch) -> set[ProcessIdentity] | None:
+    """The processes of rank 0 of this job on this host, by the environment that they were started
+    with; a shell around it is one, too. None where that cannot be seen: the launcher has gone, or
+    it sets ranks inside of the processes.
+    """
+    from orchard_infra.system import processes
+
+    launcher = launcher_of(launch.job)
+    if launcher is None or not processes.is_alive(launcher):
+        return None
+    if launch.launcher == "lightning":  # its rank 0 has started the others
+        return {launcher}
+
+    def was_started_as(rank: int | None, pid: int) -> bool:
+        other = _quietly(processes.read_environ(pid) or {})
+        return (other.launcher, other.rank) == (launch.launcher, rank)
+
+    if not was_started_as(launch.rank, os.getpid()):
+        return None
+    below = processes.tree(launcher.pid).values()
+    return {process for process in below if was_started_as(0, process.pid)}
+
+
 def _host_of(process: str) -> str:
     return process.rpartition(":")[0] or "-"
+
+
+def _this_host() -> str:
+    from orchard_infra.system import processes
+
+    return f"{processes.boot_id()}:{processes.pid_namespace()}"
 
 
 def _launcher_process(launch: Launch) -> str | None:
@@ -422,8 +480,7 @@ def _identified(pid: int | None) -> str | None:
     identity = None if pid is None else processes.identity_of(pid)
     if identity is None:
         return None
-    host = f"{processes.boot_id()}:{processes.pid_namespace()}"
-    return f"{host}:{identity.pid}@{identity.create_time}"
+    return f"{_this_host()}:{identity.pid}@{identity.create_time}"
 
 
 def _quietly(environ: Mapping[str, str]) -> Launch:

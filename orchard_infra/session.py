@@ -20,9 +20,9 @@ import attrs
 
 from orchard_infra.config import Settings
 from orchard_infra.environment import Environment, Strategy
-from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
+from orchard_infra.errors import InfrastructureError, ReleaseError
 from orchard_infra.exits import Exits
-from orchard_infra.following import Job
+from orchard_infra.following import Job, next_turn
 from orchard_infra.launch import Launch
 from orchard_infra.locks import queue
 from orchard_infra.locks.acquiring import Pause, acquiring
@@ -142,11 +142,11 @@ class Session:
             self._exits.callback("run record", self._leave_registry)
             self._exits.callback("run id", export(RUN_ID_VARIABLE, env.run.run_id))
         if self.locker is not None:
-            job = Job(self.launch, env.run, registry, self.logger)
+            job = Job(self.launch, env.run, self._key, registry, self.logger)
             if env.is_leader:
                 yield from self._take_lock(self.locker, job)
             else:
-                yield from job.follow(self.locker, self._key)
+                yield from job.follow(self.locker, self.timeout)
         registration.update(env.run, RunState.RUNNING)
         with uninterrupted():
             task = Task(lambda: None, time.monotonic() + self._interval)
@@ -173,6 +173,7 @@ class Session:
             keeper.start()
 
         began = time.perf_counter()
+        job.begin()
         try:
             yield from acquiring(
                 lock,
@@ -183,12 +184,10 @@ class Session:
                 logger=self.logger,
                 keep=keep,
             )
-        except EnvironmentLockedError as error:
+        except BaseException as error:
             job.refuse(error)
             raise
-        if env.run.job is not None:
-            job.withdraw_refusal()
-            self._exits.long_callback("ranks of this job", job.wait_for_others)
+        self._exits.enter("ranks of this job", job.last())
         env.report.waited_seconds = time.perf_counter() - began
 
     def _ready(self) -> None:
@@ -311,6 +310,14 @@ class Session:
     def _key(self) -> LockKey:
         return LockKey(self.settings.project, self.settings.lock_path)
 
+    @property
+    def _turn(self) -> int | None:
+        """Which environment of this project this is for the rank of a job. Ask once."""
+        if self.launch.job is None:
+            return None
+        is_within = any(session._key == self._key for session in open_sessions())
+        return next_turn(self.settings.project, is_within=is_within)
+
     def _make_environment(self, registry: RunRegistry, joined: RunRecord | None) -> Environment:
         locks = self.locker is not None and self.launch.is_leader
         reason = None if self.settings.allow_process_kill else "allow_process_kill is False"
@@ -323,6 +330,7 @@ class Session:
                 argv=self.command,
                 job=self.launch.job,
                 restart=self.launch.restart,
+                turn=self._turn,
             ),
             lock_path=self.settings.lock_path,
             tmp_dir=Path(joined.tmp_dir) if joined is not None and joined.tmp_dir else None,

@@ -116,7 +116,8 @@ class RunRecord:
     ``session`` is the session of the leader, see setsid(2). ``environment`` is a keyed digest of
     the environment that the leader was started with; it is in the registry only, which nobody
     else can read. ``host`` is for display: a host name may change while a run goes on. ``job`` is
-    that of `Launch`, and ``restart`` its count of restarts.
+    that of `Launch`, and ``restart`` its count of restarts. ``turn`` counts the environments of its
+    project that a rank has come to: the third one of each rank is one and the same.
     """
 
     run_id: str = attrs.field(validator=_run_id)
@@ -139,6 +140,7 @@ class RunRecord:
     environment: str | None = attrs.field(default=None, validator=_text_or_none, repr=False)
     job: str | None = attrs.field(default=None, validator=_text_or_none)
     restart: int | None = attrs.field(default=None, validator=_whole_or_none)
+    turn: int | None = attrs.field(default=None, validator=_whole_or_none)
 
     @property
     def leader(self) -> ProcessIdentity:
@@ -205,6 +207,7 @@ def describe_this_run(
     argv: Sequence[str] | None = None,
     job: str | None = None,
     restart: int | None = None,
+    turn: int | None = None,
 ) -> RunRecord:
     """The record of a run that this process is about to begin. ``argv`` is what the run executes,
     where that is a command and not this very process.
@@ -240,6 +243,7 @@ def describe_this_run(
             environment=own_environment_digest(run_id),
             job=job,
             restart=restart,
+            turn=turn,
         )
     except ValueError as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error

@@ -445,6 +445,10 @@ class RunRegistry:
         for name in names:
             if name.startswith("."):
                 self._remove_unlocked(name)
+            elif ".notice" in name:
+                from orchard_infra.runs.notices import Notices
+
+                Notices(self.directory).collect(name)
             elif name.endswith(members.SUFFIX):
                 # The record is there before its list, and goes before it.
                 record = name.removesuffix(members.SUFFIX) + SUFFIX

@@ -30,14 +30,14 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import attrs
 
 from orchard_infra.environment import Environment
-from orchard_infra.launch import scheduler_job
+from orchard_infra.launch import is_same_job, launcher_of, scheduler_job
 from orchard_infra.report import Finding, SanitizeReport
 from orchard_infra.runs.membership import (
     Membership,
@@ -127,8 +127,11 @@ class GhostSanitizer:
         own is stopped here if it has the lock open: no run of the project would ever start again.
         """
         run = env.registry.find(dead.run_id) or RegisteredRun(dead, RunState.DEAD)
-        own_job = _own_job(env)
-        may_stop = (env.reason_not_to_kill is None or own_job is not None) and not self.dry_run
+        may_stop = not self.dry_run and (
+            env.reason_not_to_kill is None
+            or _own_job(env) is not None
+            or _is_of_own_job(run.record, env)
+        )
         deadline = time.monotonic() + min(self.patience, 0.5 if may_stop else self.patience)
 
         def survivors() -> list[tuple[RegisteredRun, Survivor]]:
@@ -263,19 +266,21 @@ class GhostSanitizer:
                 or processes.has_open(survivor.pid, in_the_way)
             )
 
-        def reason_to_spare(survivor: Survivor) -> str:
+        def reason_to_spare(run: RunRecord, survivor: Survivor) -> str:
             if is_detached(survivor):
                 return f"{survivor.evidence}; {_DETACHED}"
             reason = env.reason_not_to_kill
-            if reason is None or (own_job is not None and _job_of(survivor.pid) == own_job):
+            if reason is None or _is_of_own_job(run, env):
+                return ""
+            if own_job is not None and _job_of(survivor.pid) == own_job:
                 return ""
             return f"not stopped: {reason}"
 
         def ghosts() -> list[Finding]:
             found = []
-            for _, survivor in look():
+            for run, survivor in look():
                 finding = _finding(survivor)
-                reason = reason_to_spare(survivor)
+                reason = reason_to_spare(run.record, survivor)
                 if is_tracker(survivor.pid):
                     trackers.add(survivor.identity)
                 elif reason:
@@ -299,6 +304,9 @@ class GhostSanitizer:
             for finding in self._look_around(me, members, env.registry)
             if finding.identity not in known
         ]
+        if suspects:
+            siblings = _ranks_beside(env)
+            suspects = [finding for finding in suspects if finding.pid not in siblings]
         wanted = ("twin", "relative") if self.match == "script" else ("twin",)
         guilty = [finding for finding in suspects if finding.evidence in wanted]
         guilty, cleared = self._settle(guilty, env)
@@ -440,6 +448,8 @@ class GhostSanitizer:
 
 def _is_same_project(run: RegisteredRun, mine: RunRecord) -> bool:
     """Whether both are runs of one project: they meet at one lock, if they have any."""
+    if run.record.rank:  # not 0: it followed its rank 0, and took no lock
+        return run.record.project == mine.project
     if mine.lock is None:
         return run.record.lock is None and run.record.project == mine.project
     return mine.lock in run.locks
@@ -456,6 +466,22 @@ def _own_job(env: Environment) -> str | None:
     compute, too. None if there is none, or nothing may be stopped.
     """
     return scheduler_job(os.environ) if env.allow_process_kill else None
+
+
+def _is_of_own_job(run: RunRecord, env: Environment) -> bool:
+    """Whether a run was one of the distributed job that this run is a rank of: the start before an
+    elastic restart. What that left may be stopped although the ranks that live never are. False if
+    nothing may be stopped.
+    """
+    return env.allow_process_kill and is_same_job(run.job, env.run.job)
+
+
+def _ranks_beside(env: Environment) -> Collection[int]:
+    """What the launcher of this job has started: its ranks look like this one. They may not have
+    registered yet, and are no ghosts.
+    """
+    launcher = launcher_of(env.run.job)
+    return () if launcher is None else processes.tree(launcher.pid)
 
 
 def _job_of(pid: int) -> str | None:

@@ -1,0 +1,795 @@
+"""The ranks of a job start and end together: plain processes, started by this one as by a launcher.
+
+Each script prints what happens to it with the time of the machine's monotonic clock, which all
+processes share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from orchard_infra import following, managed_environment
+from orchard_infra.launch import this_launch
+from orchard_infra.locks import file as file_lock
+from orchard_infra.locks.base import LockKey
+from orchard_infra.locks.file import FileLock
+from orchard_infra.runs.record import describe_this_run
+from orchard_infra.runs.registry import RunRegistry
+from support import Script, is_running, run_python, wait_gone, wait_until
+from wrapping import Wrapper
+
+PRELUDE = """
+import logging, os, subprocess, sys, time
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
+from orchard_infra import *
+from orchard_infra import following
+
+RANK = int(os.environ.get("RANK", 0))
+
+def tell(*words):
+    print(f"[{time.monotonic():.3f}]", *words, flush=True)
+
+def wait():
+    sys.stdin.readline()
+
+def enter(project="digits", **options):
+    tell("comes")
+    return managed_environment(project, **options)
+"""
+
+RUN = (
+    PRELUDE
+    + """
+timeout = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
+try:
+    with enter(timeout=timeout):
+        tell("in")
+        wait()
+        tell("leaves")
+    tell("out")
+except EnvironmentLockedError as error:
+    tell(f"refused by {error.holder.pid} at {error.lock_path}: {error}")
+except InfrastructureError as error:
+    tell(f"failed: {error}")
+assert "torch" not in sys.modules
+"""
+)
+
+
+@attrs.frozen
+class Ranks:
+    """Starts ranks of one job, and runs that belong to none."""
+
+    tmp_path: Path
+
+    def start(
+        self, rank: int | None, source: str = RUN, *arguments: str, size: int = 4, **env: str
+    ) -> Script:
+        # One file for each source: ranks of one job run the same one.
+        name = f"train{abs(hash(source)) % 10**6}.py"
+        ranks = {} if rank is None else {"RANK": str(rank), "WORLD_SIZE": str(size)}
+        return run_python(self.tmp_path, source, *arguments, env={**ranks, **env}, name=name)
+
+    def hold(self) -> Script:
+        """Another run of the project, which has the lock."""
+        holder = self.start(None)
+        holder.wait_for("in")
+        return holder
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Ranks:
+    return Ranks(tmp_path)
+
+
+def at(script: Script, what: str) -> float:
+    """When it happened."""
+    match = re.match(r"\[([\d.]+)\]", script.wait_for(f"] {what}"))
+    assert match, script.transcript()
+    return float(match[1])
+
+
+def end(*scripts: Script) -> None:
+    for script in scripts:
+        script.tell()
+    for script in scripts:
+        assert script.finish() == 0, script.transcript()
+
+
+# The start.
+
+
+def test_ranks_that_come_seconds_before_rank_0_go_on_once_it_has_the_lock(ranks: Ranks) -> None:
+    early = [ranks.start(rank) for rank in (1, 2)]
+    for rank in early:
+        rank.wait_for("waits for rank 0")
+        assert "] in" not in rank.output
+
+    leader = ranks.start(0)
+
+    for rank in early:
+        assert 0 <= at(rank, "in") - at(leader, "comes") < 2.0
+    end(*early, leader)
+
+
+def test_all_ranks_are_refused_with_rank_0_and_its_error_also_one_that_comes_late(
+    ranks: Ranks,
+) -> None:
+    holder = ranks.hold()
+
+    job = [ranks.start(rank) for rank in (1, 0, 2)]
+    assert [rank.finish() for rank in job] == [0, 0, 0]
+    late = ranks.start(3)
+    assert late.finish() == 0
+
+    told = {rank.wait_for("] refused").partition("] ")[2] for rank in (*job, late)}
+    assert len(told) == 1
+    assert f"refused by {holder.pid} at " in told.pop()
+    moments = [at(rank, "refused") for rank in job]
+    assert max(moments) - moments[1] < 2.0
+    assert at(late, "refused") - at(late, "comes") < 2.0
+    for rank in (*job, late):
+        assert "ERROR the lock " in rank.output
+
+
+def test_the_others_wait_as_long_as_rank_0_waits(ranks: Ranks) -> None:
+    holder = ranks.hold()
+    job = [ranks.start(rank, RUN, "600") for rank in (0, 1)]
+    job[0].wait_for("waiting for the lock")
+    job[1].wait_for("waits for rank 0")
+
+    end(holder)
+
+    assert abs(at(job[1], "in") - at(job[0], "in")) < 2.0
+    end(*job)
+
+
+@pytest.mark.parametrize(
+    ("signum", "why"),
+    [
+        (signal.SIGKILL, "ended before it had the lock"),
+        (signal.SIGTERM, "did not get the lock: interrupted while it waited"),
+    ],
+)
+def test_when_rank_0_ends_before_it_has_the_lock_the_others_end_and_say_so(
+    ranks: Ranks, signum: signal.Signals, why: str
+) -> None:
+    holder = ranks.hold()
+    job = [ranks.start(rank, RUN, "600") for rank in (0, 1)]
+    job[0].wait_for("waiting for the lock")
+    job[1].wait_for("waits for rank 0")
+
+    job[0].send_signal(signum)
+    job[0].wait()
+    late = ranks.start(2)
+
+    for rank in (job[1], late) if signum != signal.SIGKILL else (job[1],):
+        assert rank.finish(10) == 0, rank.transcript()
+        line = rank.wait_for("failed: rank 0 of this job")
+        assert f"(pid {job[0].pid})" in line
+        assert why in line
+    end(holder)
+
+
+FAILS_BEFORE = (
+    PRELUDE
+    + """
+if RANK == 0:
+    tell("fails soon")
+    wait()
+    enter(7).__enter__()
+try:
+    enter().__enter__()
+except InfrastructureError as error:
+    tell(f"failed: {error}")
+"""
+)
+
+
+def test_when_rank_0_fails_before_it_comes_for_the_lock_the_others_end_and_say_so(
+    ranks: Ranks,
+) -> None:
+    """A bad configuration, say: there is no record of it, only its process was there."""
+    leader, other = (ranks.start(rank, FAILS_BEFORE) for rank in (0, 1))
+    leader.wait_for("fails soon")
+    other.wait_for("waits for rank 0")
+
+    leader.tell()
+
+    assert leader.finish() == 1
+    assert "ConfigurationError" in leader.error_output
+    assert other.finish(10) == 0, other.transcript()
+    assert f"rank 0 of this job (pid {leader.pid}) ended before" in other.output
+
+
+NO_LOCK = (
+    PRELUDE
+    + """
+cfg = EnvironmentConfig("digits", lock_file_path=os.path.abspath("results.txt"))
+try:
+    enter(cfg).__enter__()
+except EnvironmentLockedError:
+    raise
+except InfrastructureError as error:
+    tell(f"failed: {error}")
+"""
+)
+
+
+def test_when_rank_0_cannot_take_the_lock_the_others_end_with_what_it_said(ranks: Ranks) -> None:
+    (ranks.tmp_path / "results.txt").write_text("accuracy 0.97\n")
+
+    job = [ranks.start(rank, NO_LOCK) for rank in (1, 0)]
+
+    for rank in job:
+        assert rank.finish() == 0, rank.transcript()
+        assert "results.txt exists and is no lock file" in rank.wait_for("failed: ")
+    assert "rank 0 of this job" in job[0].wait_for("failed: ")
+
+
+ALONE = PRELUDE + "following._ABSENT = 0.5\n" + RUN.removeprefix(PRELUDE)
+
+
+def test_a_rank_whose_rank_0_is_never_started_ends_and_says_so(ranks: Ranks) -> None:
+    lonely = ranks.start(1, ALONE, LOCAL_RANK="1")
+
+    assert lonely.finish(10) == 0
+    assert "failed: rank 0 of this job was not started within" in lonely.output
+
+
+COMES_LATE = (
+    PRELUDE
+    + """
+if RANK:
+    tell("imports")
+    wait()
+with enter():
+    tell("in")
+    wait()
+"""
+)
+
+# Several environments of one job.
+
+SWEEP = (
+    PRELUDE
+    + """
+for trial in range(3):
+    if RANK == 0 and trial == 1:
+        wait()
+    with enter():
+        tell(f"in trial {trial}")
+        time.sleep(0.2 * (RANK == 0))
+    tell(f"after trial {trial}")
+"""
+)
+
+
+def test_ranks_go_through_the_environments_of_a_sweep_together(ranks: Ranks) -> None:
+    """Rank 1 is the first at each: it must not slip into the one that rank 0 is about to leave,
+    which would then wait for it.
+    """
+    job = [ranks.start(rank, SWEEP) for rank in (0, 1)]
+    job[1].wait_for("waits for rank 0")  # before the second one
+    assert "] in trial 1" not in job[1].output
+
+    end(*job)
+
+    for trial in range(3):
+        assert at(job[1], f"in trial {trial}") > at(job[0], f"in trial {trial}") - 0.2
+    for rank in job:
+        assert "WARNING" not in rank.output
+    assert at(job[0], "after trial 2") - at(job[0], "in trial 1") < 5.0
+
+
+RETRY = (
+    PRELUDE
+    + """
+attempts = 0
+while True:
+    attempts += 1
+    try:
+        with enter():
+            tell(f"in after {attempts}")
+            wait()
+        break
+    except EnvironmentLockedError:
+        tell(f"refused {attempts}")
+        if RANK == 0:
+            time.sleep(0.5)
+"""
+)
+
+
+def test_ranks_that_try_again_after_a_refusal_do_so_together(ranks: Ranks) -> None:
+    """What rank 0 was refused the last time says nothing of this time."""
+    holder = ranks.hold()
+    job = [ranks.start(rank, RETRY) for rank in (0, 1)]
+    for rank in job:
+        rank.wait_for("refused 2")
+
+    end(holder)
+
+    attempts = [rank.wait_for("in after").split()[-1] for rank in job]
+    assert attempts[0] == attempts[1]
+    end(*job)
+
+
+SLOW_RANK_0 = (
+    PRELUDE
+    + """
+if RANK == 0:
+    wait()
+"""
+    + RUN.removeprefix(PRELUDE)
+)
+
+
+@pytest.mark.parametrize("before", ["refused", "killed"])
+def test_an_earlier_start_of_the_job_says_nothing_of_this_one(ranks: Ranks, before: str) -> None:
+    """An elastic restart, or the same two commands once more in the same shell."""
+    if before == "refused":
+        holder = ranks.hold()
+        first = ranks.start(0)
+        first.wait_for("refused")
+        end(holder)
+    else:
+        first = ranks.start(0)
+        first.wait_for("in")
+        first.kill()
+    first.wait()
+
+    job = [ranks.start(rank, SLOW_RANK_0) for rank in (0, 1)]
+    job[1].wait_for("waits for rank 0")
+    job[0].tell()
+
+    for rank in job:
+        rank.wait_for("] in")
+    end(*job)
+
+
+# The end.
+
+SHORT = (
+    PRELUDE
+    + """
+following._OTHERS_WITHIN = following._AFTER_AN_ERROR = 0.3
+with enter():
+    tell("in")
+    wait()
+    tell("leaves")
+tell("out")
+"""
+)
+
+
+def test_rank_0_gives_the_lock_back_last(ranks: Ranks) -> None:
+    job = [ranks.start(rank) for rank in (0, 1)]
+    for rank in job:
+        rank.wait_for("] in")
+
+    job[0].tell()
+    job[0].wait_for("leaves")
+    contender = ranks.start(None)
+    contender.wait_for("refused")
+    assert "] out" not in job[0].output
+    job[1].tell()
+
+    assert at(job[0], "out") >= at(job[1], "leaves")
+    assert at(job[0], "out") - at(job[1], "leaves") < 2.0
+    assert "WARNING" not in job[0].output
+
+
+def test_a_rank_that_does_not_leave_keeps_rank_0_for_a_bounded_time_and_is_named(
+    ranks: Ranks,
+) -> None:
+    job = [ranks.start(rank, SHORT) for rank in (0, 1)]
+    for rank in job:
+        rank.wait_for("] in")
+
+    end(job[0])
+
+    assert f"still run: rank 1 (pid {job[1].pid}); they were waited for" in job[0].output
+    end(job[1])
+
+
+GOES_ON = (
+    PRELUDE
+    + """
+with enter():
+    tell("in")
+    if RANK:
+        subprocess.Popen(["sleep", "600"])
+    wait()
+tell("out")
+if RANK:
+    wait()
+"""
+)
+
+
+def test_a_rank_that_has_left_and_goes_on_does_not_keep_rank_0(
+    ranks: Ranks, runtime_directory: Path
+) -> None:
+    """It is on record, as ended, because a process that it started goes on."""
+    job = [ranks.start(rank, GOES_ON) for rank in (0, 1)]
+    for rank in job:
+        rank.wait_for("] in")
+    job[1].tell()
+    job[1].wait_for("out")
+    assert '"state": "ended"' in "".join(
+        path.read_text() for path in runtime_directory.rglob("*.run")
+    )
+
+    job[0].tell()
+    leaves = at(job[1], "out")
+
+    assert at(job[0], "out") - leaves < 5.0
+    assert "WARNING" not in job[0].output
+    assert job[0].finish() == 0
+    end(job[1])
+
+
+# Around the job, and beside it.
+
+LAUNCHER = """
+    import os, subprocess, sys
+    ranks = [
+        subprocess.Popen([sys.executable, "train.py"], stdin=0,
+                         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in (1, 0)
+    ]
+    sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+def test_ranks_below_a_run_that_has_the_lock_join_it(tmp_path: Path) -> None:
+    """`orchard-infra run -- torchrun train.py`: the lock is the wrapper's."""
+    wrapper = Wrapper(tmp_path)
+    wrapper.script(RUN)
+    script = wrapper.start(sys.executable, wrapper.script(LAUNCHER, "launcher.py"))
+
+    wait_until(lambda: script.output.count("] in") == 2, what=script.transcript)
+    assert "waits for rank 0" not in script.output
+    script.tell()  # to the one that reads it: they share their stdin
+    script.wait_for("] out")
+    end(script)
+    assert script.output.count("] out") == 2
+
+
+STARTS_OTHERS = (
+    PRELUDE
+    + """
+with enter():
+    tell("in", RANK)
+    if RANK == 0:  # as Lightning does, in the middle of the run
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", NODE_RANK="0",
+                          LOCAL_RANK="0", WORLD_SIZE="2")
+        others = {**os.environ, "LOCAL_RANK": "1", "RANK": "1"}
+        reader, writer = os.pipe()
+        subprocess.Popen([sys.executable, *sys.argv, str(writer)], env=others, pass_fds=[writer])
+        os.read(reader, 1)
+    else:
+        os.write(int(sys.argv[1]), b"!")
+        wait()
+    tell("leaves", RANK)
+tell("out", RANK)
+"""
+)
+
+
+def test_ranks_that_rank_0_starts_within_its_run_go_on_and_are_waited_for(ranks: Ranks) -> None:
+    leader = ranks.start(None, STARTS_OTHERS)
+    leader.wait_for("leaves 0")
+    assert "] in 1" in leader.output
+
+    leader.tell()
+    assert leader.finish() == 0, leader.transcript()
+
+    assert at(leader, "out 0") >= at(leader, "leaves 1")
+    assert "waits for rank 0" not in leader.output
+    assert "WARNING" not in leader.output
+
+
+ELSEWHERE = (
+    PRELUDE
+    + """
+following._ELSEWHERE = 0.5
+with enter(f"trial-{RANK}"):
+    tell("in")
+    wait()
+"""
+)
+
+
+def test_a_rank_in_a_project_that_rank_0_is_not_in_goes_on_alone_and_says_so(
+    ranks: Ranks,
+) -> None:
+    """Each rank has a project of its own: independent trials, started by one mpirun."""
+    job = [ranks.start(rank, ELSEWHERE) for rank in (0, 1)]
+
+    job[1].wait_for(
+        "INFO rank 1 goes on without waiting for rank 0: that one is in project trial-0"
+    )
+    job[1].wait_for("] in")
+    end(*job)
+    assert "WARNING" not in job[0].output  # nor did rank 0 wait for rank 1
+
+
+NESTED = (
+    PRELUDE
+    + """
+with enter():
+    tell("in")
+    wait()
+    if RANK:
+        with enter():
+            tell("in again")
+    wait()
+"""
+)
+
+
+def test_a_rank_that_enters_again_what_it_is_in_needs_no_other_leader(ranks: Ranks) -> None:
+    job = [ranks.start(rank, NESTED) for rank in (0, 1)]
+    for rank in job:
+        rank.wait_for("] in")
+        rank.tell()
+
+    job[1].wait_for("in again")
+    end(*job)
+    assert "WARNING" not in job[0].output + job[1].output
+
+
+def test_a_rank_that_comes_when_rank_0_has_left_goes_on_unless_another_run_has_the_lock(
+    ranks: Ranks,
+) -> None:
+    """Ranks that have nothing to do with each other: mpirun is used to start a sweep."""
+    late = [ranks.start(rank, COMES_LATE) for rank in (1, 2)]
+    for rank in late:
+        rank.wait_for("imports")
+    leader = ranks.start(0)
+    leader.wait_for("] in")
+    end(leader)
+
+    late[0].tell()
+    assert "INFO" not in late[0].wait_for("came late: rank 0 has left its environment")
+    late[0].wait_for("] in")
+    end(late[0])
+    holder = ranks.hold()
+    late[1].tell()
+
+    assert late[1].finish() == 1
+    assert f"is held by pid {holder.pid} " in late[1].error_output
+
+
+# On another host.
+
+
+@pytest.fixture
+def on_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two hosts, to which srun gave a rank each."""
+    for name, value in {
+        "SLURM_JOB_ID": "42",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def on_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system of many hosts, pretended: there is none on the machine."""
+    monkeypatch.setattr(file_lock, "_stays", lambda device: True)
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_a_rank_on_another_host_that_does_not_see_the_lock_goes_on_at_once_and_says_so(
+    launcher: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    if launcher == "srun":
+        request.getfixturevalue("on_another_host")
+    else:
+        monkeypatch = request.getfixturevalue("monkeypatch")
+        for name, value in {
+            "RANK": "2",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "4",
+            "GROUP_RANK": "1",
+            "TORCHELASTIC_RUN_ID": "none",
+        }.items():
+            monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO)
+
+    with managed_environment("digits") as env:
+        told = next(record for record in caplog.records if "goes on without" in record.message)
+
+    assert told.levelno == logging.INFO
+    assert f"on another host, which does not see {env.lock_path}" in told.message
+
+
+def test_a_rank_on_another_host_whose_job_has_no_id_goes_on_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    runtime_directory: Path,
+    on_a_network: None,
+) -> None:
+    """Nothing in the lock could tell it that it is its own rank 0 which has that."""
+    (runtime_directory / "locks").mkdir()
+    for name, value in {
+        "RANK": "2",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "4",
+        "GROUP_RANK": "1",
+        "TORCHELASTIC_RUN_ID": "none",
+    }.items():
+        monkeypatch.setenv(name, value)
+    caplog.set_level(logging.INFO)
+
+    with managed_environment("digits"):
+        assert "the job has no id that the hosts know it by" in caplog.text
+
+
+def test_a_rank_of_which_nobody_says_on_which_host_it_is_goes_on_where_no_rank_0_is_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(following, "_ELSEWHERE", 0.2)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    caplog.set_level(logging.INFO)
+
+    with managed_environment("digits"):
+        assert "nothing of it is to be seen on this host" in caplog.text
+
+
+@attrs.frozen
+class SharedDirectory:
+    """A lock on a network, as rank 0 on the first host and a follower on this one see it."""
+
+    key: LockKey
+
+    def take(self, job: str = "SLURM_JOB_ID=42.0", **changes: Any) -> Any:
+        record = attrs.evolve(
+            describe_this_run("digits", lock=str(self.key.path), rank=0, job=f"there:1:7@8 {job}"),
+            **{"boot_id": "there", "host": "there", "pid": 7, **changes},
+        )
+        lease = FileLock().try_acquire(self.key, record)
+        assert isinstance(lease, file_lock.FileLease)
+        return lease
+
+    @contextlib.contextmanager
+    def follow(self, timeout: float | None = 0.0) -> Iterator[Any]:
+        launch = this_launch()
+        record = describe_this_run("digits", rank=1, job=launch.job)
+        registry = RunRegistry()
+        with contextlib.closing(registry.register(record)):
+            job = following.Job(launch, record, self.key, registry, logging.getLogger("x"))
+            yield job.follow(FileLock(), timeout)
+
+
+@pytest.fixture
+def shared(tmp_path: Path, on_another_host: None, on_a_network: None) -> SharedDirectory:
+    return SharedDirectory(LockKey("digits", tmp_path / "digits.lock"))
+
+
+def goes_on(steps: Any) -> bool:
+    return next(steps, None) is None
+
+
+def test_a_rank_on_another_host_follows_a_lock_that_it_sees_only_while_that_is_held(
+    shared: SharedDirectory,
+) -> None:
+    with shared.follow() as steps:
+        assert not goes_on(steps)
+        other = shared.take(job="SLURM_JOB_ID=41.0")
+        assert not goes_on(steps)
+        other.release()
+        lease = shared.take()
+        # Killed: its record stays, and the kernel's lock is free.
+        os.close(lease._fd)
+        lease._fd = -1
+        assert not goes_on(steps)
+        lease = shared.take()
+        assert goes_on(steps)
+        lease.release()
+
+
+def test_a_rank_on_another_host_is_told_who_has_the_lock_instead_of_its_rank_0(
+    shared: SharedDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "_ABSENT", 0.0)
+    holder = shared.take(job="SLURM_JOB_ID=41.0")
+
+    with shared.follow() as refused, shared.follow(timeout=None) as waiting:
+        with pytest.raises(following.EnvironmentLockedError, match="pid 7 on there") as caught:
+            list(zip(refused, range(50), strict=False))
+        assert caught.value.holder is not None
+        assert caught.value.holder.run_id == holder.record.run_id
+        assert not any(goes_on(waiting) for _ in range(50))
+    holder.release()
+
+
+# Processes of the job.
+
+LEAVES_A_FORK = (
+    PRELUDE
+    + """
+cfg = EnvironmentConfig("digits", allow_process_kill=True)
+manager = InfrastructureManager(sanitizer=GhostSanitizer(patience=1.0))
+try:
+    with enter(cfg, manager=manager) as env:
+        if len(sys.argv) > 1:
+            pid = os.fork()
+            if not pid:
+                time.sleep(600)
+            tell("forked", pid)
+        tell("in")
+        wait()
+except EnvironmentLockedError as error:
+    tell(f"refused: {error}")
+"""
+)
+
+
+def test_what_an_earlier_start_of_the_job_left_is_stopped_and_its_lock_taken_at_once(
+    ranks: Ranks,
+) -> None:
+    """Of rank 0, which had the lock, and of rank 1, which had a record only."""
+    first = [ranks.start(rank, LEAVES_A_FORK, "fork") for rank in (0, 1)]
+    left = [int(rank.wait_for("forked").split()[-1]) for rank in first]
+    for rank in first:
+        rank.wait_for("] in")
+        rank.kill()
+        rank.wait()
+    assert all(map(is_running, left))
+
+    second = [ranks.start(rank, LEAVES_A_FORK) for rank in (0, 1)]
+
+    wait_gone(left, 10)
+    for rank in second:
+        rank.wait_for("] in")
+    assert at(second[0], "in") - at(second[0], "comes") < 5.0
+    end(*reversed(second))
+
+
+def test_what_another_job_left_is_not_stopped_but_named(ranks: Ranks) -> None:
+    first = ranks.start(0, LEAVES_A_FORK, "fork", TORCHELASTIC_RUN_ID="one")
+    left = int(first.wait_for("forked").split()[-1])
+    first.wait_for("] in")
+    first.kill()
+    first.wait()
+
+    second = ranks.start(0, LEAVES_A_FORK, TORCHELASTIC_RUN_ID="two")
+
+    assert f"pid {left}" in second.wait_for("refused:")
+    assert is_running(left)
+
+
+def test_a_rank_that_has_not_come_yet_is_not_reported_as_a_relative_of_rank_0(
+    ranks: Ranks,
+) -> None:
+    """It runs the same script with other variables, and has no record."""
+    late = ranks.start(1, COMES_LATE)
+    late.wait_for("imports")
+
+    leader = ranks.start(0, COMES_LATE)
+    leader.wait_for("] in")
+    late.tell()
+    late.wait_for("] in")
+
+    assert "spared process" not in leader.output
+    end(late, leader)
