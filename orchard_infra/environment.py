@@ -111,6 +111,11 @@ class Environment:
     # For the run.
 
     @property
+    def is_locked(self) -> bool:
+        """Whether this process took the project's lock: not for a rank other than 0, say."""
+        return self._lease is not None
+
+    @property
     def lock_lost(self) -> bool:
         """Whether the lock was found lost: another run may be writing to the same outputs."""
         return self._lost is not None

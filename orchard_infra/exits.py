@@ -29,16 +29,28 @@ class Exits:
         self._steps: list[Callable[[], object]] = []
 
     def enter(
-        self, name: str, manager: AbstractContextManager[_T], *, is_short: bool = False
+        self,
+        name: str,
+        manager: AbstractContextManager[_T],
+        *,
+        is_short: bool = False,
+        is_foreign: bool = False,
     ) -> _T:
         """Enter a context manager. A Ctrl-C that comes meanwhile is raised once it is entered, and
         not half-way. One that ``is_short`` is not interrupted on the way back either.
+
+        One that ``is_foreign`` gets its signals also on the way in: a program that it starts would
+        inherit the mask, and never see a SIGTERM.
         """
-        entered = False
+        entered: list[_T] = []
         carry_out = self._carry_out if is_short else self.attempt
 
         def leave() -> None:
             if not entered:
+                # A signal may have come when a generator function was through with its first half.
+                close = getattr(getattr(manager, "gen", None), "close", None)
+                if close is not None:
+                    self.attempt(name, close)
                 return
             error = self.error
             if error is None:
@@ -50,9 +62,10 @@ class Exits:
 
         with uninterrupted():
             self._steps.append(leave)  # first: between the two nothing could undo it
-            value = manager.__enter__()
-            entered = True
-        return value
+            with interruptible() if is_foreign else uninterrupted():
+                # All in C: no signal is acted upon after it was entered, and before that is noted.
+                entered.extend(map(type(manager).__enter__, (manager,)))
+        return entered[0]
 
     def callback(self, name: str, step: Callable[[], object]) -> None:
         """Have a short step carried out on the way back, uninterrupted."""

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -41,6 +41,7 @@ from orchard_infra.system import background, processes, reserve
 from orchard_infra.system.background import Task
 from orchard_infra.system.exported import export
 from orchard_infra.system.masking import child_signals_deferred, interruptible, uninterrupted
+from orchard_infra.telling import tell_prepared, tell_released
 
 _CALLBACKS = 30.0  # seconds that the release waits for callbacks of `on_stop`
 _TEND = 5.0  # seconds, at most, between two looks at the run's files and processes
@@ -91,7 +92,8 @@ class Session:
         try:
             while (pause := _go_on(steps)) is not None:
                 pause.wait()
-            self._tell_prepared(began)
+            self.env.report.prepare_seconds = time.perf_counter() - began
+            tell_prepared(self.env)
             return self.env
         except BaseException as error:
             self._give_up(steps, error)
@@ -104,7 +106,8 @@ class Session:
         try:
             while (pause := _go_on(steps)) is not None:
                 await pause.wait_async()
-            self._tell_prepared(began)
+            self.env.report.prepare_seconds = time.perf_counter() - began
+            tell_prepared(self.env)
             return self.env
         except BaseException as error:
             self._give_up(steps, error)
@@ -160,7 +163,8 @@ class Session:
 
     def _enter_strategy(self, name: str, strategy: Strategy | None) -> None:
         if strategy is not None:
-            self._exits.enter(name, strategy.around(self.env))
+            is_foreign = not type(strategy).__module__.startswith("orchard_infra.")
+            self._exits.enter(name, strategy.around(self.env), is_foreign=is_foreign)
 
     def _take_lock(self, lock: Lock, job: Job) -> Generator[Pause, None, None]:
         env = self.env
@@ -230,7 +234,7 @@ class Session:
         report, failures = self.env.report, self._exits.failures
         report.release_seconds = time.perf_counter() - began
         report.failures = tuple(failures)
-        self._tell_released()
+        tell_released(self.env)
         self._raise_held(error)
         if failures and error is None:
             told = "; ".join(f"{type(f).__name__}: {f}" for f in failures)
@@ -269,12 +273,15 @@ class Session:
         return None
 
     def _raise_held(self, error: BaseException | None) -> None:
-        """Raise the signal that came during the release, unless the program is ending anyway."""
+        """Raise the signal that came during the release, unless the run was ended by its like."""
         failures = self._exits.failures
-        stop = next((f for f in failures if not isinstance(f, Exception)), None)
-        # A notebook that catches a Ctrl-C does not mean to catch a SIGTERM.
-        if stop is None or isinstance(error, SystemExit) or type(stop) is type(error):
+        interrupts = [f for f in failures if not isinstance(f, Exception)]
+        # A notebook that catches a Ctrl-C does not mean to catch a SIGTERM, and a sweep that
+        # catches the exits of its trials means neither.
+        news = [one for one in interrupts if type(one) is not type(error)]
+        if not news:
             return
+        stop = next((one for one in news if not isinstance(one, KeyboardInterrupt)), news[0])
         stop.__context__ = error
         raise stop
 
@@ -310,18 +317,15 @@ class Session:
     def _key(self) -> LockKey:
         return LockKey(self.settings.project, self.settings.lock_path)
 
-    @property
-    def _turn(self) -> int | None:
-        """Which environment of this project this is for the rank of a job. Ask once."""
-        if self.launch.job is None:
-            return None
+    def _count_turn(self) -> int:
+        """Which environment of this project this is for this process, a rank of a job perhaps."""
         is_within = any(session._key == self._key for session in open_sessions())
         return next_turn(self.settings.project, is_within=is_within)
 
     def _make_environment(self, registry: RunRegistry, joined: RunRecord | None) -> Environment:
         locks = self.locker is not None and self.launch.is_leader
         reason = None if self.settings.allow_process_kill else "allow_process_kill is False"
-        return Environment(
+        env = Environment(
             run=joined
             or describe_this_run(
                 self.settings.project,
@@ -330,7 +334,7 @@ class Session:
                 argv=self.command,
                 job=self.launch.job,
                 restart=self.launch.restart,
-                turn=self._turn,
+                turn=self._count_turn(),
             ),
             lock_path=self.settings.lock_path,
             tmp_dir=Path(joined.tmp_dir) if joined is not None and joined.tmp_dir else None,
@@ -345,6 +349,16 @@ class Session:
             clear_dead=self._clear_dead,
             closer=self.close,
         )
+        env.report.skipped = tuple(self._skipped(env))
+        return env
+
+    def _skipped(self, env: Environment) -> Iterator[str]:
+        if self.locker is None:
+            yield "no lock: there is no locker"
+        elif not env.is_leader:
+            yield f"no lock: {self.launch.reason_not_to_lock()}"
+        if self.sanitizer is not None and env.reason_not_to_kill is not None:
+            yield f"no process is stopped: {env.reason_not_to_kill}"
 
     def _run_to_join(self, registry: RunRegistry) -> RunRecord | None:
         """The live run that holds our lock and started this process, if that is so.
@@ -404,59 +418,6 @@ class Session:
         with contextlib.suppress(OSError):
             if tmp_dir is not None:
                 os.utime(tmp_dir, follow_symlinks=False)
-
-    def _tell_prepared(self, began: float) -> None:
-        env = self.env
-        report, parts = env.report, []
-        report.prepare_seconds = time.perf_counter() - began
-        if not self.logger.isEnabledFor(logging.INFO) or env.joined:
-            return
-        if env._lease is not None:
-            waited = f" after {report.waited_seconds:.1f} s" if report.waited_seconds > 1 else ""
-            parts.append(f"lock {env.lock_path} acquired{waited}")
-        elif self.locker is None:
-            parts.append("no lock: there is no locker")
-        else:
-            parts.append(f"no lock: {self.launch.reason_not_to_lock()}")
-        stopped = len(report.sanitized.stopped) + len(report.sanitized.killed)
-        if stopped:
-            parts.append(f"{stopped} processes of earlier runs stopped")
-        if self.sanitizer is not None and env.reason_not_to_kill is not None:
-            parts.append(f"no process is stopped: {env.reason_not_to_kill}")
-        if report.collected is not None and report.collected.removed:
-            parts.append(f"{len(report.collected.removed)} leftovers of dead runs removed")
-        self.logger.info(
-            "prepared project %s in %.3f s: %s",
-            self.settings.project,
-            report.prepare_seconds,
-            "; ".join(parts),
-            extra={"run": env.run, "lock_path": str(env.lock_path)},
-        )
-
-    def _tell_released(self) -> None:
-        env = self.env
-        if not self.logger.isEnabledFor(logging.INFO) or env.joined:
-            return
-        report = env.report
-        parts = [f"lock {env.lock_path} released"] if env._lease is not None else []
-        if report.flushed is not None:
-            freed = sum(one.freed for one in report.flushed.devices)
-            parts.append(f"{freed / 2**20:.0f} MiB of device caches freed")
-        if report.cleaned is not None:
-            freed = report.cleaned.bytes_freed
-            parts.append(f"{freed / 2**20:.0f} MiB of temporary files removed")
-        children = len(report.leftovers.spared)
-        if children:
-            parts.append(f"{children} child processes go on")
-        if self._exits.failures:
-            parts.append(f"{len(self._exits.failures)} steps failed")
-        self.logger.info(
-            "released project %s in %.3f s: %s",
-            self.settings.project,
-            report.release_seconds,
-            "; ".join(parts) or "nothing was held",
-            extra={"run": env.run, "lock_path": str(env.lock_path)},
-        )
 
 
 def _go_on(steps: Generator[Pause, None, None]) -> Pause | None:

@@ -50,7 +50,7 @@ FLOORS = (
     ("locks",),
     ("environment",),
     ("sanitizing", "devices", "artifacts", "stopping"),
-    ("manager", "session", "following", "exits"),
+    ("manager", "session", "following", "exits", "telling"),
     ("managed",),
     ("cli", "inspect", "pytest_plugin"),
 )

@@ -251,6 +251,22 @@ def test_runs_that_overlap_in_two_threads_lose_nobody_s_children(program, regist
     assert ended.record.project == "a"
 
 
+def test_what_was_started_between_two_runs_is_no_child_of_either(program, registry):
+    program.do("a = enter('a')")
+    in_first = program.number("sleeper()")
+    program.do("a.end()")
+    program.do("os.environ.pop(RUN_ID_VARIABLE)")
+    between = program.number("sleeper()")
+    program.do("b = enter('b')")
+    in_second = program.number("sleeper()")
+    program.do("b.end()")
+    program.kill()
+    runs = registry.runs()
+    found = {one.pid for _, one in Membership(runs).survivors(runs)}
+    assert found == {in_first, in_second}
+    assert is_running(between)
+
+
 def test_what_was_forked_in_a_run_that_overlapped_with_the_first_is_a_worker(program, registry):
     """It holds the record of its own run, which is gone, and none of the run that ended first."""
     program.do("b = enter('b')")

@@ -335,7 +335,11 @@ INTERRUPTED = """
         def around(self, env):
             return self
         def __enter__(self):
-            held.add(self.name)
+            try:
+                held.add(self.name)
+            except BaseException:  # as a strategy without a generator has to do by itself
+                held.discard(self.name)
+                raise
         def __exit__(self, *end):
             held.discard(self.name)
 
@@ -491,17 +495,50 @@ SWEEP = """
         try:
             with managed_environment("sweep", manager=manager):
                 print("trial", trial, flush=True)
-                raise ValueError("a failing trial")
-        except ValueError:
-            pass
+                raise ValueError('a failing trial')
+        except (ValueError, SystemExit) as failure:
+            if isinstance(failure, RunStopped):
+                raise
     print("not stopped", flush=True)
 """
 
 
-def test_a_sigterm_during_the_release_of_a_failing_trial_stops_the_sweep(tmp_path):
-    run = run_python(tmp_path, SWEEP)
+@pytest.mark.parametrize(
+    "error", ["ValueError('a failing trial')", "SystemExit(0)", "SystemExit(3)"]
+)
+def test_a_sigterm_during_the_release_of_a_failing_trial_stops_the_sweep(tmp_path, error):
+    run = run_python(tmp_path, SWEEP.replace("ValueError('a failing trial')", error))
     assert run.finish() == 128 + signal.SIGTERM, run.transcript()
     assert run.output.splitlines() == ["trial 0"]
+
+
+def test_a_program_that_a_strategy_starts_can_be_terminated(tmp_path):
+    """It would inherit the mask under which strategies are entered, and never see the signal."""
+    run = run_python(
+        tmp_path,
+        """
+        import subprocess
+        from contextlib import contextmanager
+        from orchard_infra import *
+
+        class Monitor:
+            @contextmanager
+            def around(self, env):
+                child = subprocess.Popen(["sleep", "1000"])
+                try:
+                    yield
+                finally:
+                    child.terminate()
+                    print("ended by", -child.wait(30), flush=True)
+
+        for field in ("flusher", "extras"):
+            strategy = (Monitor(),) if field == "extras" else Monitor()
+            with managed_environment("digits", manager=InfrastructureManager(**{field: strategy})):
+                pass
+        """,
+    )
+    assert run.finish() == 0, run.transcript()
+    assert run.output.splitlines() == ["ended by 15", "ended by 15"]
 
 
 def test_a_handler_of_child_signals_that_raises_skips_no_step_and_is_called_once_afterwards(

@@ -206,7 +206,9 @@ class Registration:
     def _fold_into(self, first: Registration, news: Sequence[ProcessIdentity]) -> None:
         try:
             with first._lock:
-                first._members.add(news)
+                known = self._members.identities
+                for before in (True, False):  # what the run has not started stays no child of it
+                    first._members.add((m for m in news if known[m] is before), before=before)
                 first._members.fold(FoldedRun(self.record.run_id, self._file, self.record.lock))
         except OSError:
             self._stay(RunState.ENDED)

@@ -226,6 +226,7 @@ class GhostSanitizer:
         members = Membership(tuple(run for run in registry.runs() if run.record.leader != leader))
         targets = {ghost.pid for ghost in ghosts}
         sessions = {processes.session_of(pid) for pid in targets}
+        directory = registry.directory_file()
 
         def spare(pid: int) -> bool:
             return (
@@ -234,8 +235,15 @@ class GhostSanitizer:
                 or members.live_run_of(pid) is not None
                 or bool(self._excluded(pid))
                 or is_tracker(pid)
-                # A daemon or a terminal multiplexer below: others may use it.
-                or (pid not in targets and processes.session_of(pid) not in sessions)
+                # A daemon or a terminal multiplexer below: others may use it. Or a program that led
+                # a run of its own that ended well: it may be writing its results.
+                or (
+                    pid not in targets
+                    and (
+                        processes.session_of(pid) not in sessions
+                        or (directory is not None and processes.has_locked(pid, directory))
+                    )
+                )
             )
 
         return spare

@@ -398,7 +398,8 @@ class SignalWatch(Takeover):
                     raise self._exception(signum)
                 around[0].act(signum, None)
             except BaseException as error:
-                raised = raised or error.with_traceback(None)
+                if raised is None or isinstance(raised, KeyboardInterrupt):  # a SIGTERM asks more
+                    raised = error.with_traceback(None)
         if raised is None and self._signalled is not None and not self._raised:
             around = self._around(self._signalled)
             if around and around[0].config.mode == "raise":

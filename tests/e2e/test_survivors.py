@@ -516,6 +516,37 @@ def test_a_run_that_ends_by_os_exit_leaves_nothing_to_the_next_but_its_files(tmp
     assert not Path(os.environ["ORCHARD_INFRA_DIR"], "runs", f"{run_id}.run").exists()
 
 
+def test_a_program_that_led_a_run_which_ended_well_is_no_part_of_a_stopped_tree(tmp_path):
+    """A trial below a killed sweep, past its own block: it may be writing its results."""
+    source = """
+        import subprocess, sys, time
+        from orchard_infra import EnvironmentConfig, managed_environment
+
+        if sys.argv[1:] == ["trial"]:
+            with managed_environment("trial"):
+                pass
+            print("trial", __import__("os").getpid(), flush=True)
+            time.sleep(1000)
+        with managed_environment(EnvironmentConfig("sweep", allow_process_kill=True)) as env:
+            if sys.argv[1:] == ["sweep"]:
+                command = f"{sys.executable} {__file__} trial; true"
+                shell = subprocess.Popen(["bash", "-c", command])
+                print("shell", shell.pid, flush=True)
+                time.sleep(1000)
+            print("next", flush=True)
+        """
+    sweep = run_python(tmp_path, source, "sweep")
+    shell = int(sweep.wait_for("shell").split()[1])
+    trial = int(sweep.wait_for("trial").split()[1])
+    sweep.kill()
+    sweep.finish()
+    after = run_python(tmp_path, tmp_path / "script.py")
+    after.wait_for("next")
+    assert after.finish() == 0
+    wait_gone([shell])
+    assert is_running(trial)
+
+
 def test_a_worker_that_is_killed_is_the_program_s_own_business(tmp_path):
     run = run_python(
         tmp_path,
