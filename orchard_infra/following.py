@@ -49,7 +49,7 @@ _turns: dict[str, int] = {}  # how many environments of a project this process h
 
 
 def next_turn(project: str, *, is_within: bool) -> int:
-    """The turn of this rank for one more environment of a project. One that is entered within
+    """The turn of this process for one more environment of a project. One that is entered within
     another one of that project has the same turn.
     """
     turn = _turns.get(project, 0) + (not is_within)
@@ -130,9 +130,11 @@ class Job:
         """
         if not run.is_live or not run.record.rank:
             return False
-        if self._is_of_this_job(run) and self._meets(run):
-            return (run.record.turn or 0) <= (self.record.turn or 0)
-        return self.record.run_id in self.registry.lineage(run.record.parent)
+        if not self._meets(run) or (run.record.turn or 0) > (self.record.turn or 0):
+            return False
+        # Lightning's rank 0 was a plain process when it came to its environment.
+        within = self.record.run_id in self.registry.lineage(run.record.parent)
+        return within or self._is_of_this_job(run)
 
     # The other ranks.
 

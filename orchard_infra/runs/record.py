@@ -117,7 +117,7 @@ class RunRecord:
     the environment that the leader was started with; it is in the registry only, which nobody
     else can read. ``host`` is for display: a host name may change while a run goes on. ``job`` is
     that of `Launch`, and ``restart`` its count of restarts. ``turn`` counts the environments of its
-    project that a rank has come to: the third one of each rank is one and the same.
+    project that its process has come to: the third one of each rank of a job is one and the same.
     """
 
     run_id: str = attrs.field(validator=_run_id)
