@@ -18,8 +18,8 @@ from typing import Protocol
 
 import attrs
 
-from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor
-from orchard_infra.runs.registered import RegisteredRun
+from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, Survivor, is_run_id
+from orchard_infra.runs.registered import SUFFIX, RegisteredRun
 from orchard_infra.system import processes
 from orchard_infra.system.processes import ProcessIdentity, Row
 
@@ -109,6 +109,14 @@ def has_led_a_run(pid: int, registry: _Registry) -> bool:
         return False
     files = frozenset([file])
     return any(processes.has_open(process, files) for process in (pid, *processes.ancestors(pid)))
+
+
+def has_a_record_open(pid: int) -> bool:
+    """Whether a process has a run's record open, be it in a registry that somebody has removed."""
+    return any(
+        name.endswith(SUFFIX) and is_run_id(name.removesuffix(SUFFIX))
+        for name in processes.names_of_open(pid)
+    )
 
 
 def kin(table: Mapping[int, Row] | None = None) -> set[int]:

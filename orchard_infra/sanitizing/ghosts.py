@@ -42,6 +42,7 @@ from orchard_infra.report import Finding, SanitizeReport
 from orchard_infra.runs.membership import (
     Membership,
     command_of,
+    has_a_record_open,
     has_led_a_run,
     is_kin,
     is_ours,
@@ -351,6 +352,8 @@ class GhostSanitizer:
             return finding("look-alike", f"belongs to a {state} (pid {run.record.pid})")
         if has_led_a_run(pid, registry):
             return finding("look-alike", _LEFT_WELL)
+        if has_a_record_open(pid):  # somebody has removed the registry, or it has another one
+            return finding("look-alike", "belongs to a run that is not in this registry")
         if self.spare is not None and self.spare(pid):
             return finding("look-alike", "excluded by the caller")
         difference = other.difference(me)

@@ -491,6 +491,12 @@ def _lockers(pid: int, fd: str, kind: bytes) -> Iterator[int]:
                 yield int(locker)
 
 
+def names_of_open(pid: int) -> Iterator[str]:
+    """The name of each open file, without its directory, also of one that was removed."""
+    for fd, _ in _open_files(pid):
+        yield _name_of_open(pid, fd)
+
+
 def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
     """The number of each open descriptor, with the device and inode of its file."""
     try:

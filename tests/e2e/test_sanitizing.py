@@ -308,6 +308,17 @@ def test_a_live_run_of_another_project_is_sacred_although_it_is_a_twin(tmp_path)
     assert is_running(first.pid)
 
 
+def test_a_live_run_whose_registry_was_removed_is_no_twin(tmp_path, runtime_directory):
+    first = train(tmp_path, project="one", stay=True)
+    report_of(first)
+    shutil.rmtree(runtime_directory)
+    runtime_directory.mkdir(mode=0o700)
+    report = report_of(train(tmp_path, project="two"))
+    evidence, reason = report["spared"][str(first.pid)]
+    assert (evidence, reason) == ("look-alike", "belongs to a run that is not in this registry")
+    assert is_running(first.pid)
+
+
 AFTERWARDS = """
     import sys
     from pathlib import Path
