@@ -540,7 +540,7 @@ def _age(identity: ProcessIdentity) -> float:
 
 # What is told of whom: a process that may be in the way is a warning, one that goes on as it
 # should is nothing that anybody must be told.
-_QUIET = {"look-alike": logging.DEBUG, "leftover": logging.DEBUG, "defunct": logging.INFO}
+_QUIET = {"look-alike": logging.DEBUG, "leftover": logging.DEBUG, "defunct": logging.DEBUG}
 
 
 def _log(report: SanitizeReport, logger: logging.Logger) -> None:
@@ -558,3 +558,10 @@ def _log(report: SanitizeReport, logger: logging.Logger) -> None:
                 finding.describe(),
                 extra={"finding": finding},
             )
+    if report.defunct:
+        parents = ", ".join(str(pid) for pid in sorted({one.parent or 0 for one in report.defunct}))
+        logger.info(
+            "%d defunct processes wait for their parents (pid %s) to reap them",
+            len(report.defunct),
+            parents,
+        )
