@@ -51,7 +51,7 @@ _BY_SIGNAL = {"TERM": 143, "INT": 130, "HUP": 129}
 # How long the next run may take to start: patience, grace, what `stop_processes` waits for the
 # killed ones, and the load of everybody else's tests.
 START = PATIENCE + GRACE + 2.0 + 20.0
-_HANDOFF = 10.0  # seconds in which a free lock has its next holder, although waiters are stopped
+_HANDOFF = 3.0  # seconds in which a free lock has its next holder, although waiters are stopped
 _ROUND = 90.0  # seconds
 _RUN_ID = "ORCHARD_INFRA_RUN_ID"
 
@@ -534,6 +534,8 @@ class Round:
             if who not in noted and not self._may_live(who) and lives(who):
                 self.violation(f"{who} is left after the sweep: {command_of(who.pid)}")
             self.outlived += send(who, signal.SIGKILL)
+        while any(marked(self.mark)) and time.monotonic() < deadline + 5.0:
+            time.sleep(0.01)
 
     def _may_live(self, who: Identity) -> bool:
         """Whether what nobody had the time to write down may have outlived its run."""
@@ -621,13 +623,10 @@ class Arena:
         programs = self._neighbours.ledger.programs.values()
         known = {run_id for program in programs for run_id in program.runs}
         directory = Path(os.environ["ORCHARD_INFRA_DIR"])
-        left = [
-            path.name
-            for path in (*directory.glob("runs/*"), *directory.glob("queues/*"))
-            if path.name.partition(".")[0] not in known
-        ]
-        if left:
-            self._blame(f"left when all runs were over: {', '.join(sorted(left))}")
+        for path in sorted((*directory.glob("runs/*"), *directory.glob("queues/*"))):
+            if path.name.partition(".")[0] not in known:
+                members = "" if path.is_dir() else read_bytes(path).decode(errors="replace")
+                self._blame(f"left when all runs were over: {path.name}\n{members[:2000]}")
 
     def _start_bystanders(self) -> Round:
         """Two live runs of other projects with children, a program that has left its run and

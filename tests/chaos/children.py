@@ -40,7 +40,7 @@ _COMMANDS = {
     "exec-setsid": _SLEEP,
     "opted-out": _SLEEP,
     "exec-tree": ("sh", "-c", "sleep 1000 & sleep 1000 & wait"),
-    "exec-stubborn": ("sh", "-c", "trap '' TERM INT HUP; while :; do sleep 1; done"),
+    "exec-stubborn": ("sh", "-c", "trap '' TERM INT HUP; while :; do sleep 1000; done"),
     "exec-spawner": ("sh", "-c", _REPEAT % "(sleep 1000 &)"),
     "exec-daemons": ("sh", "-c", _REPEAT % "(setsid sleep 1000 &)"),
 }

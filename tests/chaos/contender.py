@@ -190,6 +190,7 @@ class Contender:
         run_id, project = env.run.run_id, block["project"]
         self.journal.write("in", run_id=run_id, project=project)
         self._check_former_holders(run_id)
+        self._check_lock(env)
         self.children.use()
         (env.tmp_dir / "half-written").write_bytes(b"x" * 100)
         # As a library names shared memory that goes with its process.
@@ -198,6 +199,7 @@ class Contender:
             self.children.start(kind, run_id)
         self.journal.write("working", run_id=run_id)
         yield from self._work(env, block)
+        self._check_lock(env)
         if self._is_main():
             self.children.use()
             _shared_memory(self.pid).unlink(missing_ok=True)
@@ -457,6 +459,14 @@ class Contender:
             time.sleep(0.01)
         if path.exists():
             self._violation(f"{path} of {program.name} is left")
+
+    def _check_lock(self, env: Any) -> None:
+        if self.plan["exclusion_may_end"]:
+            return
+        try:
+            env.verify()
+        except LockLostError as error:
+            self._violation(f"lost a lock that nobody took: {error}")
 
     def _check_loss(self, env: Any) -> None:
         if not env.lock_lost:

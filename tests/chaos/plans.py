@@ -141,7 +141,7 @@ def queue_plans(seed: int) -> list[Plan]:
         if rng.random() < 0.5:
             what = rng.choice(["KILL", "KILL", "STOP", "STOP", "TERM", "INT", "HUP"])
             after = rng.choice(["arrives", "waits", "waits"])
-            lasts = rng.choice([rng.uniform(0.05, 0.5), rng.uniform(0.5, 2.5)])
+            lasts = rng.choice([rng.uniform(0.05, 0.5), rng.uniform(0.5, 2.5), 4.0])
             waiter.attacks.append(Attack(after, rng.uniform(0.0, 0.4), what, lasts))
         waiters.append(waiter)
     return [holder, *waiters]

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 # A boundary within a loop is come by again and again, at the same point of the run.
 _OCCURRENCES = 3
-HITS = ("KILL", "TERM", "INT")
+HITS = ("KILL", "TERM", "INT", "STOP")
 
 
 def boundaries_of(arena: Arena, plans: list[Plan]) -> list[tuple[str, int]]:
@@ -75,18 +75,23 @@ CASES: tuple[Callable[[], list[Plan]], ...] = (
 
 
 def test_a_program_can_be_hit_at_every_boundary_of_its_steps(arena, extent):
-    """In every kind of run at those that it alone comes by; all of them in a long one."""
+    """In each kind of run at those that come first in it, and in a long one at those that depend on
+    others again, with every hit: else the seed says which one it is.
+    """
     rounds, seen = [], set()
     for plans in CASES:
-        for number, (boundary, occurrence) in enumerate(boundaries_of(arena, plans())):
-            hits = HITS
-            if not extent.is_long:  # all of them at each take long: the seed says which one it is
-                is_known = (boundary, occurrence) in seen or occurrence > 1
-                hits = () if is_known else (HITS[(number + extent.seed) % len(HITS)],)
-            seen.add((boundary, occurrence))
+        for number, boundary in enumerate(boundaries_of(arena, plans())):
+            is_new = boundary not in seen
+            seen.add(boundary)
+            if extent.is_long:
+                hits = HITS if is_new or plans in (run_after_a_killed_one, run_that_waits) else ()
+            else:
+                is_first = is_new and boundary[1] == 1
+                hits = (HITS[(number + extent.seed) % len(HITS)],) if is_first else ()
             for what in hits:
                 hit = plans()
-                hit[-1].boundary = {"boundary": boundary, "occurrence": occurrence, "what": what}
+                name, occurrence = boundary
+                hit[-1].boundary = {"boundary": name, "occurrence": occurrence, "what": what}
                 rounds.append(arena.new_round(extent.seed, hit))
     played = arena.play(rounds)
     print(arena.figure)
