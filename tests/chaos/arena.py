@@ -534,7 +534,10 @@ class Round:
             if who not in noted and not self._may_live(who) and lives(who):
                 self.violation(f"{who} is left after the sweep: {command_of(who.pid)}")
             self.outlived += send(who, signal.SIGKILL)
-        while any(marked(self.mark)) and time.monotonic() < deadline + 5.0:
+        deadline = time.monotonic() + 5.0
+        while (left := set(marked(self.mark))) and time.monotonic() < deadline:
+            for who in left:  # a shell may have started another one just before its end
+                send(who, signal.SIGKILL)
             time.sleep(0.01)
 
     def _may_live(self, who: Identity) -> bool:
