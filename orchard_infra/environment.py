@@ -265,8 +265,9 @@ class Environment:
         background.add(self._announcement)
 
     def _end(self) -> None:
-        background.finish(self._announcement)  # a request that came during the release is told
         background.remove(self._announcement)
+        if self._announcement.due is not None:  # a request that came during the release is told
+            self._announce()
 
 
 def _snapshot(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Generator, Iterator, Sequence
 
@@ -109,7 +108,7 @@ class Job:
 
     def _wait_for_others(self, seconds: float) -> None:
         # Lightning makes a rank of a plain process while that is in its environment.
-        if self.record.job is None and is_plain(os.environ):
+        if self.record.job is None and is_plain():
             return
         deadline = time.monotonic() + seconds
         while others := [run for run in self._other_runs() if self._is_led_by_us(run)]:

@@ -9,7 +9,6 @@ ours alone. So in doubt a process is a follower, and nothing is killed.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -324,7 +323,7 @@ def this_launch() -> Launch:
     Raises:
         ConfigurationError: See `Launch.from_environ`.
     """
-    if is_plain(os.environ):
+    if is_plain():
         return Launch()
     environ = dict(os.environ)  # which encodes and decodes at every look
     launch = Launch.from_environ(environ)
@@ -333,16 +332,19 @@ def this_launch() -> Launch:
     return Launch.from_environ(environ, started_by=_launcher_process(launch))
 
 
-def is_plain(environ: Mapping[str, str]) -> bool:
-    """Whether an environment tells of no rank and no scheduler: a cheap look, for every run."""
-    return _telling_variables().isdisjoint(environ)
+def is_plain() -> bool:
+    """Whether our environment tells of no rank and no scheduler: a cheap look, for every run."""
+    # As bytes, as they are kept: decoding every name would be most of the cost.
+    names = os.environb if os.supports_bytes_environ else map(os.fsencode, os.environ)
+    return _telling_variables().isdisjoint(names)
 
 
 @functools.cache
-def _telling_variables() -> frozenset[str]:
+def _telling_variables() -> frozenset[bytes]:
     """Without any of these an environment tells nothing: mostly one look at its names is enough."""
     return frozenset(
-        (
+        os.fsencode(name)
+        for name in (
             *(variable for scheduler in _SCHEDULERS for variable in scheduler.variables),
             *(ranks.rank for ranks in _RANKS),
             *("LOCAL_RANK", "NODE_RANK"),
@@ -588,6 +590,8 @@ def _name_of(environ: Mapping[str, str], names: _Names) -> str | None:
             continue
         value = ".".join([value, *filter(None, map(environ.get, more))])
         if len(value) > 128 or not value.isascii() or not value.isprintable():
+            import hashlib  # loads OpenSSL
+
             value = hashlib.sha256(os.fsencode(value)).hexdigest()
         return f"{first}={value}"
     return None

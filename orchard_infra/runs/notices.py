@@ -7,7 +7,6 @@ for the lock again, and with the next run on this host once the launcher's proce
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -120,6 +119,8 @@ class Notices:
             pass  # gone since
 
     def _path(self, record: RunRecord) -> str:
+        import hashlib  # loads OpenSSL
+
         what = os.fsencode(f"{record.job}\0{record.project}")
         digest = hashlib.blake2b(what, digest_size=12).hexdigest()
         return os.path.join(self.directory, digest + SUFFIX)
