@@ -64,6 +64,23 @@ def test_an_exception_out_of_a_handler_does_not_make_it_deaf():
         raises.give_back()
 
 
+def test_after_one_that_ended_in_another_thread_the_next_one_takes_over_all_the_same():
+    class Calm(Storm):
+        def act(self, signum: int, frame: FrameType | None) -> None:
+            self.seen.append(("act", 0))
+
+    first, second = Calm(), Calm()
+    first.take_over([signal.SIGUSR1])
+    ending = threading.Thread(target=first.give_back)
+    ending.start()
+    ending.join()
+    assert second.take_over([signal.SIGUSR1]) == []
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert second.seen
+    second.give_back()
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
 def stack(*codes: Any) -> Any:
     """Frames that run these functions, the innermost first."""
     frame = None

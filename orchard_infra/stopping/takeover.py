@@ -96,17 +96,19 @@ class Takeover:
         in_c: int | None = None
         others = []
         for signum in signums:
-            current = signal.getsignal(signum)
-            if current == self._handle:
+            installed = signal.getsignal(signum)
+            if installed == self._handle:
                 continue
-            current = _living(current, signum)
+            current = _living(installed, signum)
             if self in _around(current, signum):
                 continue
-            if current is signal.SIG_DFL:
+            if installed is signal.SIG_DFL:
                 in_c = _caught_in_c() if in_c is None else in_c
                 default = not in_c >> (signum - 1) & 1
             else:
-                default = current is signal.default_int_handler or takeover_of(current) is not None
+                # One that ended in another thread is still installed, and has nothing around it.
+                default = current in (signal.SIG_DFL, signal.default_int_handler)
+                default = default or takeover_of(current) is not None
             if not default:
                 others.append(signum)
                 continue
