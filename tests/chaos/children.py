@@ -19,13 +19,16 @@ opted-out      another program that is in no run, by its own wish
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.process
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
+from typing import Any
 
 import attrs
 
@@ -52,8 +55,8 @@ class _Child:
     who: Identity
     kind: str
     run_id: str | None
-    pipes: tuple[int, int] | None = None  # to ask an echo, and to hear it
-    process: subprocess.Popen[bytes] | None = None
+    connection: Connection | None = None  # to ask an echo, and to hear it
+    process: Any = None
 
 
 class Children:
@@ -62,6 +65,7 @@ class Children:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._needed: list[_Child] = []
+        self._told: set[Identity] = set()
         # A fork in another thread would keep the pipe open by which a `Popen` is told of the exec.
         self._starting = threading.Lock()
 
@@ -72,41 +76,21 @@ class Children:
         with self._starting:
             if kind in _COMMANDS:
                 self._execute(kind, run_id)
+            elif kind == "served":
+                self._serve(run_id)
             else:
                 self._fork(kind, run_id)
 
-    def _fork(self, kind: str, run_id: str | None) -> None:
-        asks = os.pipe() if kind == "echo" else None
-        hears = os.pipe() if kind == "echo" else None
-        pid = os.fork()
-        if pid:
-            pipes = None if asks is None or hears is None else (asks[1], hears[0])
-            for end in (asks[0], hears[1]) if asks and hears else ():
-                os.close(end)
-            if kind != "setsid":  # that one only makes others, and ends
-                who = self._note(pid, kind, run_id)
-                if who is not None and kind != "unwinds":
-                    self._needed.append(_Child(who, kind, run_id, pipes))
-            return
-        if kind == "unwinds":
-            self._note(os.getpid(), kind, run_id)
-            raise SystemExit(0)
-        try:
-            self._be(kind, run_id, None if asks is None or hears is None else (asks[0], hears[1]))
-        finally:
-            os._exit(0)
-
     def forget(self, run_id: str) -> None:
         """The release of this run has stopped its children."""
-        for child in [child for child in self._needed if child.run_id == run_id]:
-            self._drop(child)
+        self._needed = [child for child in self._needed if child.run_id != run_id]
 
     def use(self) -> None:
         """Look that all are there, and that those answer which can."""
         for child in list(self._needed):
-            answers = self._ask(child) if child.pipes is not None else lives(child.who)
+            answers = lives(child.who) if child.connection is None else _answers(child.connection)
             if not answers:
-                self._drop(child)
+                self._needed.remove(child)
                 self._journal.write("lost", pid=child.who.pid, started=child.who.started)
 
     def tidy(self) -> None:
@@ -116,17 +100,29 @@ class Children:
             send(child.who, signal.SIGKILL)
             if child.process is not None:
                 child.process.wait()
-            self._drop(child)
+            self._needed.remove(child)
 
-    def _drop(self, child: _Child) -> None:
-        self._needed.remove(child)
-        for end in child.pipes or ():
-            os.close(end)
+    def leave(self) -> None:
+        """The program is about to end: Python ends those of multiprocessing."""
+        for child in self._needed:
+            if child.kind == "served":
+                self._journal.write("tidied", pid=child.who.pid, started=child.who.started)
 
-    @property
-    def pipes(self) -> int:
-        """How many descriptors of pipes this program has for them."""
-        return sum(2 for child in self._needed if child.pipes is not None)
+    def was_killed(self) -> bool:
+        """Whether one was killed by a signal, and this is the first question after that."""
+        for child in self._needed:
+            try:
+                status = os.waitid(os.P_PID, child.who.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # of the forkserver
+                continue
+            if (
+                status is not None
+                and status.si_code == os.CLD_KILLED
+                and child.who not in self._told
+            ):
+                self._told.add(child.who)
+                return True
+        return False
 
     def _execute(self, kind: str, run_id: str | None) -> None:
         environ = dict(os.environ)
@@ -139,7 +135,39 @@ class Children:
         if who is not None:
             self._needed.append(_Child(who, kind, run_id, process=process))
 
-    def _be(self, kind: str, run_id: str | None, pipes: tuple[int, int] | None) -> None:
+    def _serve(self, run_id: str | None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=echo, args=(theirs,), daemon=True)
+        process.start()
+        assert process.pid is not None
+        who = self._note(process.pid, "served", run_id)
+        theirs.close()
+        if who is not None:
+            self._needed.append(_Child(who, "served", run_id, ours))
+
+    def _fork(self, kind: str, run_id: str | None) -> None:
+        ours, theirs = multiprocessing.Pipe() if kind == "echo" else (None, None)
+        pid = os.fork()
+        if pid:
+            if theirs is not None:
+                theirs.close()
+            if kind != "setsid":  # that one only makes others, and ends
+                who = self._note(pid, kind, run_id)
+                if who is not None and kind != "unwinds":
+                    self._needed.append(_Child(who, kind, run_id, ours))
+            return
+        if kind == "unwinds":
+            self._note(os.getpid(), kind, run_id)
+            # Else its exit hook ends those of the parent.
+            multiprocessing.process._children.clear()  # type: ignore[attr-defined]
+            raise SystemExit(0)
+        try:
+            self._be(kind, run_id, theirs)
+        finally:
+            os._exit(0)
+
+    def _be(self, kind: str, run_id: str | None, connection: Connection | None) -> None:
         parent = os.getppid()
         if kind in ("setsid", "tree"):
             if kind == "setsid":
@@ -156,22 +184,12 @@ class Children:
                 signal.signal(signum, signal.SIG_IGN)
         if kind == "frozen":
             os.kill(os.getpid(), signal.SIGSTOP)
-        if pipes is not None:
-            while os.read(pipes[0], 1):
-                os.write(pipes[1], b"x")
+        if connection is not None:
+            echo(connection)
         while kind == "idle" and os.getppid() == parent:
             time.sleep(0.02)
         if kind != "idle":
             _wait_for_ever()
-
-    def _ask(self, child: _Child) -> bool:
-        asks, hears = child.pipes or (-1, -1)
-        try:
-            os.write(asks, b"x")
-        except BrokenPipeError:
-            return False
-        ready = select.select([hears], [], [], ANSWER_WITHIN)[0]
-        return bool(ready) and os.read(hears, 1) == b"x"
 
     def _note(
         self, pid: int, kind: str, run_id: str | None, carries: str | None = None
@@ -182,6 +200,23 @@ class Children:
                 "child", pid=pid, started=who.started, kind=kind, run=run_id, carries=carries
             )
         return who
+
+
+def echo(connection: Connection) -> None:
+    """Answer as long as somebody asks, and stay then, as one that does not see its program die."""
+    try:
+        while True:
+            connection.send_bytes(connection.recv_bytes())
+    except (EOFError, OSError):
+        _wait_for_ever()
+
+
+def _answers(connection: Connection) -> bool:
+    try:
+        connection.send_bytes(b"x")
+        return connection.poll(ANSWER_WITHIN) and connection.recv_bytes() == b"x"
+    except (EOFError, OSError):
+        return False
 
 
 def _wait_for_ever() -> None:

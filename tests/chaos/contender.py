@@ -95,6 +95,7 @@ class Contender:
         self.stopping = threading.Event()  # for the run beside the others
         self.descriptors = set(_descriptors())
         self.left_at = time.monotonic()  # the latest environment
+        self.is_in_block = False
         self.was_disturbed = False  # by an exception anywhere
         # Who held a lock before us, by our run, and whether it had gone by the time we got it.
         self.former: dict[str, list[dict[str, Any]]] = {}
@@ -140,6 +141,8 @@ class Contender:
     def _play(self) -> int:
         """One run after the other, as a sweep does that catches what its trials raise."""
         *others, last = self.plan["blocks"]
+        if self.plan["raises_on_child"]:
+            signal.signal(signal.SIGCHLD, self._raise_on_child)
         for block in others:
             try:
                 self._enter(block)
@@ -152,7 +155,19 @@ class Contender:
                 self._go_on()
         return FINE
 
+    def _raise_on_child(self, signum: int, frame: object) -> None:
+        """Raise wherever the main thread is, once for each child that was killed."""
+        if os.getpid() == self.pid and self.is_in_block and self.children.was_killed():
+            raise BodyError
+
     def _enter(self, block: dict[str, Any]) -> None:
+        self.is_in_block = True
+        try:
+            self._enter_block(block)
+        finally:
+            self.is_in_block = False
+
+    def _enter_block(self, block: dict[str, Any]) -> None:
         self.blocks[threading.get_ident()] = block
         manager = InfrastructureManager(
             sanitizer=GhostSanitizer(
@@ -272,6 +287,7 @@ class Contender:
             self._check_own_process()
         if self.plan["tidies"]:
             self.children.tidy()
+        self.children.leave()
         self.journal.write("finishes")
 
     def _is_main(self) -> bool:
@@ -492,23 +508,15 @@ class Contender:
             left.append("the run's id in the environment")
         threads = {thread.name for thread in threading.enumerate()}
         left += [name for name in threads if name.startswith("orchard-infra")]
-        # The background thread rests a second after the last environment, and the reserve of
-        # descriptors goes with it.
         is_resting = time.monotonic() > self.left_at + 5.0
         if not is_resting and "orchard-infra-background" in left:
-            left.remove("orchard-infra-background")
-        if not self.was_disturbed and is_resting:
-            left += self._left_descriptors()
+            left.remove("orchard-infra-background")  # it ends a second after the last environment
+        if not self.was_disturbed:
+            new = set(_descriptors()) - self.descriptors
+            left += [target for _, target in new if target.endswith("(deleted)")]
         left += _locks_held()
         if left:
             self._violation(f"left in the process: {', '.join(left)}")
-
-    def _left_descriptors(self) -> list[str]:
-        """Those of pipes, and of deleted files. The registry's directory stays open on purpose."""
-        new = [target for fd, target in set(_descriptors()) - self.descriptors]
-        pipes = [target for target in new if target.startswith("pipe:")]
-        left = pipes if len(pipes) != self.children.pipes else []
-        return left + [target for target in new if target.endswith("(deleted)")]
 
     def check_all_is_released(self) -> None:
         """After the exit hooks."""

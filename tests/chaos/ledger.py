@@ -16,7 +16,7 @@ import attrs
 
 from chaos.observing import Identity, environ_of, has_gone, is_fork, marked, session_of
 
-FORKED = ("idle", "busy", "stubborn", "frozen", "tree", "echo")
+FORKED = ("idle", "busy", "stubborn", "frozen", "tree", "echo", "served")
 PROGRAMS = ("exec", "exec-tree", "exec-stubborn", "exec-spawner", "exec-daemons")
 DETACHED = ("setsid", "exec-setsid")
 OTHERS = ("unwinds", "opted-out")

@@ -16,7 +16,7 @@ GRACE = 0.15  # seconds between SIGTERM and SIGKILL for what a run has left
 PATIENCE = 0.1
 
 # These cost much, and a few are enough.
-_DEAR = ("exec-spawner", "exec-daemons")
+_DEAR = ("exec-spawner", "exec-daemons", "served")
 _KINDS = tuple(kind for kind in KINDS for _ in range(1 if kind in _DEAR else 4))
 
 
@@ -64,6 +64,7 @@ class Plan:
     later: tuple[str, ...] = ()  # children that it starts then
     lingers: bool = False
     tidies: bool = False
+    raises_on_child: bool = False  # has a handler of SIGCHLD as torch has for its DataLoader
     by_exec: bool = False
     trace: bool = False
     loses_lock: bool = False
@@ -166,6 +167,7 @@ def _random_plan(
         for block in plan.all_blocks:  # whose children are whose cannot always be told
             block.leftovers = "report"
             block.ending = "normal" if block.ending == "sys.exit" else block.ending
+    plan.raises_on_child = rng.random() < 0.15 and all(b.style != "async" for b in plan.all_blocks)
     if rng.random() < 0.4:
         plan.goes_on = rng.uniform(0.02, 0.3)
         plan.lingers = rng.random() < 0.3
