@@ -443,7 +443,7 @@ class SignalWatch(Takeover):
     def _look_at_main_thread(self) -> None:
         """In the background thread: end a process whose main thread is deaf."""
         self._lookout.due = time.monotonic() + self._look_every
-        unanswered = blocked.unanswered(2 * self._look_every)
+        unanswered = blocked.unanswered(at_most=self._look_every)
         self._nudged &= unanswered.keys()
         for signum, seconds in unanswered.items():
             # A handler that somebody has put over ours is their affair.

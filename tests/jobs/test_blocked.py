@@ -145,6 +145,8 @@ def test_a_main_thread_that_waits_in_python_is_not_ended(tmp_path):
         start(
             tmp_path,
             f"""
+from orchard_infra.stopping import signals
+signals._ONE_REQUEST = 0.0  # so that a signal to wake it would be a second one
 reader, writer = socket.socketpair()
 thread = threading.Timer(4 * LIMIT, writer.send, [b"x"])
 thread.start()
@@ -236,21 +238,27 @@ def test_a_process_that_was_suspended_was_not_deaf_meanwhile(tmp_path):
     run = start(
         tmp_path,
         """
-with protected("flag") as env:
-    say("in")
-    in_c(LIMIT)
-    time.sleep(2 * LIMIT)
+from orchard_infra.stopping import signals
+signals._LOOK = 0.1
+def come_back():
+    sys.stdin.readline()
+    libc.pthread_mutex_unlock(mutex)
+threading.Thread(target=come_back).start()
+with protected("flag", limit=1.5) as env:
+    once_in_c(lambda: (kill(), say("signalled")))
+    in_c()
     say("saved", env.stop_requested.reason)
 """,
     )
-    run.wait_for("in")
-    run.send_signal(signal.SIGTERM)
-    time.sleep(LIMIT / 2)
+    run.wait_for("signalled")
+    time.sleep(0.2)
     run.send_signal(signal.SIGSTOP)
-    time.sleep(4 * LIMIT)
+    time.sleep(1.5)
     run.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    run.tell()
     assert run.finish() == 0, run.transcript()
-    assert run.output.splitlines() == ["in", "saved SIGTERM"]
+    assert run.output.splitlines() == ["signalled", "saved SIGTERM"]
 
 
 def test_by_default_only_ranks_that_raise_are_watched_and_nothing_is_left(tmp_path):
@@ -329,7 +337,9 @@ say("left", wakeup_fd())
 @needs_namespaces
 def test_the_first_process_of_a_container_is_ended_as_well(tmp_path):
     """The kernel drops signals for it that have their default action."""
-    (tmp_path / "script.py").write_text(PRELUDE + "with protected():\n    kill()\n    in_c()\n")
+    (tmp_path / "script.py").write_text(
+        PRELUDE + "with protected():\n    once_in_c(kill)\n    in_c()\n"
+    )
     unshare = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "script.py"]
     run = run_command(tmp_path, unshare)
     assert run.finish() == 143, run.transcript()
