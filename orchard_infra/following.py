@@ -39,7 +39,7 @@ _LOOK_AROUND = 1.0  # seconds between two looks for the process of rank 0
 _SAY_AGAIN = 30.0  # seconds between two log lines of a rank that waits
 _RANK_0_WITHIN = 600.0  # seconds for rank 0 to come: it may load data for minutes before
 _ABSENT = 30.0  # seconds for which a launcher may not have started rank 0 yet
-_SETTLED = 1.0  # seconds for which a refusal from before the start of a rank may be out of date
+_SETTLED = 1.0  # seconds until a notice from before the start of a rank is taken to be up to date
 _ELSEWHERE = 10.0  # seconds until a rank 0 of which nothing is seen is taken to be elsewhere
 _OTHERS_WITHIN = 10.0  # seconds that rank 0 waits at the end for ranks that still run
 _AFTER_AN_ERROR = 2.0  # the same if rank 0 failed: its launcher must hear of that, and end the rest
@@ -71,11 +71,6 @@ class Job:
         return Notices(self.registry.directory)
 
     # Rank 0.
-
-    def begin(self) -> None:
-        """Rank 0 comes for the lock: what became of it before counts no more."""
-        if self.record.job is not None:
-            self._notices.withdraw(self.record)
 
     def refuse(self, error: BaseException) -> None:
         """Rank 0 did not get the lock. Tell the other ranks, also those that come later."""
@@ -253,7 +248,7 @@ class Job:
         if notice.at < rank_0.since:
             # It may be of an earlier start: before an elastic restart, or of ranks that a person
             # starts again from the same shell. Then there is another rank 0 by now.
-            is_last = rank_0.can_be_seen and not rank_0.is_other(notice.record)
+            is_last = rank_0.can_be_seen and rank_0.known <= {notice.record.leader}
             if not is_last or waited < _SETTLED:
                 return None
         return notice
@@ -390,10 +385,6 @@ class _Rank0:
     def is_absent(self) -> bool:
         """Whether it would be seen, and never was."""
         return self.can_be_seen and not self.known
-
-    def is_other(self, record: RunRecord) -> bool:
-        """Whether it lives, and is another process than the one of a record."""
-        return any(processes.is_alive(process) for process in self.known - {record.leader})
 
     def _ask_whether_it_has_gone(self) -> None:
         def lives() -> bool:

@@ -177,7 +177,6 @@ class Session:
             keeper.start()
 
         began = time.perf_counter()
-        job.begin()
         try:
             yield from acquiring(
                 lock,

@@ -1,8 +1,8 @@
 """What rank 0 of a job leaves for ranks that come later: it did not get the lock, or it is through.
 
 Without it they would sit in ``init_process_group`` until that gives up: a refused job took 34 s to
-end. A notice is one file for each job and project, beside the records. It goes when rank 0 comes
-for the lock again, and with the next run on this host once the launcher's process has gone.
+end. A notice is one file for each job and project, beside the records. The next run on this host
+removes it once the launcher's process has gone.
 """
 
 from __future__ import annotations
@@ -99,13 +99,6 @@ class Notices:
     def find(self, record: RunRecord) -> Notice | None:
         """What rank 0 has left for this rank, of the same job and project."""
         return self._read(self._path(record))
-
-    def withdraw(self, record: RunRecord) -> None:
-        """Rank 0, with this record, comes for the lock again."""
-        try:
-            os.unlink(self._path(record))
-        except OSError:
-            pass
 
     def collect(self, name: str) -> None:
         """Remove the file of this name if the launcher of its job is gone."""
