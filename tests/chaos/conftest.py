@@ -31,7 +31,7 @@ def extent() -> Extent:
     return Extent(
         seed=int(seed),
         kills=int(kills or 10**9),
-        seconds=1e9 if kills else 90.0,
+        seconds=1e9 if kills else 60.0,
         is_long=int(kills or 0) >= 1000,
     )
 

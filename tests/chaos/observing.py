@@ -98,7 +98,8 @@ def is_fork(who: Identity, mark: str) -> bool:
 
 def read_bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except OSError:
         return b""
 

@@ -206,6 +206,6 @@ def _random_attack(rng: random.Random) -> Attack:
     return Attack(
         after,
         delay=rng.choice([0.0, rng.uniform(0.0, 0.03), rng.uniform(0.0, 0.3)]),
-        what=rng.choice(["KILL", "KILL", "TERM", "TERM", "INT", "HUP", "STOP", "STOP", "worker"]),
+        what=rng.choice(["KILL", "KILL", "TERM", "TERM", "INT", "HUP", "STOP", "worker", "worker"]),
         lasts=rng.uniform(0.01, 0.4),
     )
