@@ -108,6 +108,9 @@ class Children:
             if child.kind == "served":
                 self._journal.write("tidied", pid=child.who.pid, started=child.who.started)
 
+    def has(self, kind: str) -> bool:
+        return any(child.kind == kind for child in self._needed)
+
     def was_killed(self) -> bool:
         """Whether one was killed by a signal, and this is the first question after that."""
         for child in self._needed:
