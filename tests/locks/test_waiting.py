@@ -36,7 +36,7 @@ from orchard_infra.locks.base import Held, Lease, LockKey
 from orchard_infra.locks.file import FileLease, FileLock
 from orchard_infra.locks.keeper import Keeper
 from orchard_infra.runs.record import RunRecord, Survivor, describe_this_run
-from support import run_python, wait_until
+from support import run_python, succeeds_in_a_fork, wait_until
 
 LOG = logging.getLogger("Infrastructure")
 
@@ -365,6 +365,20 @@ def test_nothing_is_left_of_a_wait_that_is_closed_or_broken_off(tmp_path):
 
 
 def test_a_ctrl_c_at_any_instant_leaves_neither_lock_nor_place_nor_descriptor(tmp_path):
+    """In a process of one thread: a worker of pytest-xdist has another, which takes signals too."""
+
+    def play() -> bool:
+        try:
+            interrupt_at_any_instant(tmp_path)
+        except AssertionError:
+            traceback.print_exc()
+            return False
+        return True
+
+    assert succeeds_in_a_fork(play)
+
+
+def interrupt_at_any_instant(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     chance, armed, record = random.Random(7), [], describe_this_run("digits")
     held = take_elsewhere(path)
