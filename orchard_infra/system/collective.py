@@ -8,14 +8,29 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
+from array import array
 from datetime import timedelta
 from typing import Any
 
+import attrs
+
 from orchard_infra.errors import InfrastructureError
 
-# For a group that cannot reduce a tensor in main memory, such as one of NCCL alone: another one,
-# that can. It goes when the group goes.
-_beside: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+@attrs.frozen(eq=False)
+class _Ballot:
+    """What one group of ranks votes with. It is kept from one question to the next: a tensor that
+    is made anew each time costs as much as half of the reduction.
+    """
+
+    number: array[int]
+    tensor: Any  # of the same memory
+    group: Any  # None for the default group
+    rank: int
+
+
+# By default group, and for as long as that lives.
+_ballots: weakref.WeakKeyDictionary[Any, _Ballot] = weakref.WeakKeyDictionary()
 
 
 def any_rank(says_yes: bool) -> int | None:
@@ -27,42 +42,51 @@ def any_rank(says_yes: bool) -> int | None:
     Raises:
         InfrastructureError: A rank has ended, or did not call it within the group's timeout.
     """
-    torch, distributed = sys.modules.get("torch"), sys.modules.get("torch.distributed")
-    # Another thread may be importing them, so that names are missing.
+    distributed = sys.modules.get("torch.distributed")
+    # Another thread may be importing it, so that names are missing.
     is_initialized = getattr(distributed, "is_initialized", None)
-    if torch is None or distributed is None or is_initialized is None or not is_initialized():
+    if distributed is None or is_initialized is None or not is_initialized():
         return 0 if says_yes else None
-    rank = distributed.get_rank()
     try:
-        answer = torch.tensor([rank if says_yes else -1], dtype=torch.int32, device="cpu")
-        group = _group_in_main_memory(torch, distributed)
-        distributed.all_reduce(answer, distributed.ReduceOp.MAX, group)
-        highest = int(answer)
+        world = distributed.group.WORLD
+        ballot = _ballots.get(world)
+        if ballot is None:
+            ballot = _ballots[world] = _make_ballot(distributed)
+        ballot.number[0] = ballot.rank if says_yes else -1
+        distributed.all_reduce(ballot.tensor, distributed.ReduceOp.MAX, ballot.group)
     except RuntimeError as error:  # all that torch raises here are
         told = str(error).strip().partition("\n")[0]
         raise InfrastructureError(
-            f"rank {rank} of {distributed.get_world_size()} got no answer from the other ranks: "
-            "one of them has ended or hangs, or does not ask as often as this one. "
-            f"torch.distributed says: {told}"
+            f"rank {distributed.get_rank()} of {distributed.get_world_size()} got no answer from "
+            "the other ranks: one of them has ended or hangs, or does not ask as often as this "
+            f"one. torch.distributed says: {told}"
         ) from error
+    highest = ballot.number[0]
     return None if highest < 0 else highest
 
 
-def _group_in_main_memory(torch: Any, distributed: Any) -> Any:
-    """A group of all ranks that reduces without a device.
+def _make_ballot(distributed: Any) -> _Ballot:
+    torch = sys.modules["torch"]
+    number = array("i", [-1])
+    return _Ballot(
+        number=number,
+        tensor=torch.frombuffer(number, dtype=torch.int32),
+        group=_group_in_main_memory(distributed),
+        rank=distributed.get_rank(),
+    )
+
+
+def _group_in_main_memory(distributed: Any) -> Any:
+    """A group of all ranks that reduces without a device; None for the default one.
 
     On a device the answer would come when all work is done that was queued before: to wait for
-    it stalls the device once a step.
+    it stalls the device once a step. A group of NCCL alone gets one of gloo beside it.
     """
-    world = distributed.group.WORLD
-    config = str(distributed.get_backend_config(world))  # such as "cpu:gloo,cuda:nccl"
+    config = str(distributed.get_backend_config())  # such as "cpu:gloo,cuda:nccl"
     if any(part.startswith("cpu:") for part in config.split(",")):
-        return world
-    group = _beside.get(world)
-    if group is None:
-        group = distributed.new_group(backend="gloo", timeout=_timeout_of(world))
-        _beside[world] = group
-    return group
+        return None
+    timeout = _timeout_of(distributed.group.WORLD)
+    return distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def _timeout_of(group: Any) -> timedelta | None:
