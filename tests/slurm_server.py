@@ -38,6 +38,11 @@ GRACE = 3  # seconds that the partition "patient" gives a job that is preempted
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _ISOLATED = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 _PATIENCE = 30.0  # seconds for a daemon to answer, or to end
+# See "JOB STATE CODES" in squeue(1).
+_OVER = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "TIMEOUT",
+)  # fmt: skip
 _REVOKED = 1.1  # seconds: the credentials of a job that has ended are void up to the whole second
 _LOOK = 0.1  # seconds between two looks that start a process each
 # The jobs' python is the one that runs the tests.
@@ -54,7 +59,7 @@ AuthType=auth/munge
 CredType=cred/munge
 # cred_expire is also how long a requeued job waits before it may start again.
 AuthInfo=socket={directory}/munge.sock,cred_expire=120
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+{communication}
 SlurmctldPort={port}
 SlurmctldPidFile={directory}/slurmctld.pid
 SlurmctldLogFile={directory}/slurmctld.log
@@ -95,11 +100,6 @@ def missing() -> str | None:
     absent = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"needs Slurm ({', '.join(absent)}): run scripts/install-test-servers"
-    try:
-        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
-            return "needs a real host name that stands for loopback"
-    except OSError:
-        return "needs a real host name"
     return None
 
 
@@ -107,6 +107,11 @@ def best_proctrack() -> str:
     """How processes of a job can be tracked here: "cgroup" as in production, or "linuxproc"."""
     usable = os.geteuid() == 0 and os.access(_FREEZER / "cgroup.procs", os.W_OK)
     return "cgroup" if usable else "linuxproc"
+
+
+def can_isolate() -> bool:
+    """Whether each node can have a pid namespace of its own, as a host has."""
+    return os.geteuid() == 0 and shutil.which("unshare") is not None
 
 
 @attrs.define
@@ -180,10 +185,8 @@ class Job:
         return self.state
 
     def is_over(self) -> bool:
-        return self.state not in (
-            "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED",
-            "REQUEUE_HOLD",
-        )  # fmt: skip
+        # Not "none of the others": it is SIGNALING for an instant, for example.
+        return self.state in _OVER
 
     def transcript(self) -> str:
         shown = self.server.run("scontrol", "show", "job", self.id)
@@ -220,7 +223,7 @@ class SlurmServer:
         # A node's name is also that of its control group, which all servers share.
         word = f"n{os.getpid()}x{secrets.token_hex(2)}"
         names = tuple(f"{word}n{number}" for number in range(1, nodes + 1))
-        server = cls(directory, names, proctrack or best_proctrack(), os.geteuid() == 0)
+        server = cls(directory, names, proctrack or best_proctrack(), can_isolate())
         try:
             server._configure(kill_wait, grace)
             server._start_daemons()
@@ -302,6 +305,7 @@ class SlurmServer:
             user=getpass.getuser(),
             directory=self.directory,
             port=ports[0],
+            communication=_communication(),
             proctrack=self.proctrack,
             kill_wait=kill_wait,
             grace=grace,
@@ -395,6 +399,15 @@ class SlurmServer:
             lines = path.read_text("utf-8", errors="replace").splitlines()[-10:]
             told.append("\n".join((f"{path.name}:", *lines)))
         return "\n".join(told)
+
+
+def _communication() -> str:
+    """Listen where the host name points to, if that is loopback, and not to the whole network."""
+    try:
+        local = socket.gethostbyname(socket.gethostname()).startswith("127.")
+    except OSError:
+        local = False
+    return "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if local else ""
 
 
 def _free_ports(number: int) -> list[int]:

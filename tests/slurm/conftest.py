@@ -23,6 +23,13 @@ from orchard_infra.locks import file
 file._stays = lambda device: True
 """
 
+# A checkpoint that takes a while, long after the other ranks have ended.
+_SLOWLY = """
+import os, time
+fsync = os.fsync
+os.fsync = lambda fd: (time.sleep(1.5), fsync(fd))
+"""
+
 
 @pytest.fixture(scope="session")
 def slurm_server() -> Iterator[SlurmServer]:
@@ -44,23 +51,25 @@ def slurm(slurm_server: SlurmServer) -> Iterator[SlurmServer]:
 def submit(slurm: SlurmServer, tmp_path: Path) -> Callable[..., Job]:
     """Submit one of the examples, or the text of a script. Options count before those in it.
 
-    ``train`` are arguments for train.py. ``hosts`` makes hosts of the nodes. ``server`` is another
-    one than the shared one.
+    ``train`` are arguments for train.py. ``hosts`` makes hosts of the nodes, ``slowly`` makes a
+    checkpoint take longer. ``server`` is another one than the shared one.
     """
     shutil.copy(EXAMPLES / "train.py", tmp_path)
-    hosts_path = tmp_path / "hosts"
-    hosts_path.mkdir()
-    (hosts_path / "sitecustomize.py").write_text(_HOSTS)
+    for name, code in (("hosts", _HOSTS), ("slowly", _SLOWLY)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sitecustomize.py").write_text(code)
 
     def submit(
         script: str,
         *options: str,
         train: str = "--steps 600 --step-time 0.05",
         hosts: bool = False,
+        slowly: bool = False,
         server: SlurmServer = slurm,
     ) -> Job:
         text = (EXAMPLES / script).read_text() if script.endswith(".sbatch") else script
-        paths = [str(hosts_path)] * hosts + [os.environ.get("PYTHONPATH", "")]
+        paths = [str(tmp_path / "hosts")] * hosts + [str(tmp_path / "slowly")] * slowly
+        paths.append(os.environ.get("PYTHONPATH", ""))
         env = {"PYTHONPATH": os.pathsep.join(paths)}
         text = text.replace("python train.py", f"python train.py {train}")
         return server.submit(tmp_path, text, *options, env=env)

@@ -17,6 +17,7 @@ from support import wait_until
 pytestmark = pytest.mark.xdist_group("slurm")
 
 RANKS = {"train.sbatch": 1, "ranks.sbatch": 2}
+WRAPPER = "orchard-infra run -p wrapped -- python train.py"
 BLOCKER = "#!/bin/bash\nsleep 60"  # a job that others make way for
 
 
@@ -91,13 +92,16 @@ def test_a_job_that_ends_within_its_grace_period_puts_itself_back(
     submit, slurm, tmp_path, training
 ):
     """To Slurm such a job has ended by itself, although it was about to be preempted."""
-    job = submit("ranks.sbatch", "--partition=patient")
+    job = submit("ranks.sbatch", "--partition=patient", slowly=True)
     job.wait_for("training from step", 2)
 
     blocker = slurm.submit(tmp_path, BLOCKER, "--partition=high", "--nodes=2", "--exclusive")
 
     job.wait_for("stop requested")
     assert_stopped_and_saved(job, training, time.monotonic())
+    # Rank 1 has failed while rank 0 saved, which is no reason to end that one before it has.
+    assert "Exited with exit code 143" in job.output
+    assert "Terminating StepId" not in job.output
     blocker.cancel()
     assert_goes_on(job, training)
 
@@ -173,14 +177,45 @@ def test_a_job_that_requeues_itself_blindly_cannot_be_cancelled(submit, training
     wait_until(lambda: job.state == "PENDING", what=job.transcript)
 
 
-def test_under_linuxproc_a_job_that_is_cancelled_saves_as_well(submit, training):
+@pytest.mark.parametrize("start", ["exec", "srun"])
+def test_a_command_under_the_wrapper_saves_as_well(submit, training, start):
+    job = submit(f"#!/bin/bash\ntrap : TERM\n{start} {WRAPPER}\n")
+    job.wait_for("training from step")
+    since = time.monotonic()
+
+    job.cancel()
+
+    assert_stopped_and_saved(job, training, since)
+    assert job.wait() == "CANCELLED", job.transcript()
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", f"#!/bin/bash\nexec {WRAPPER}\n"])
+def test_under_linuxproc_a_job_that_is_cancelled_saves_as_well(submit, training, linuxproc, script):
     """That one signals every process of a job's tree."""
+    job = submit(script, server=linuxproc)
+    job.wait_for("training from step")
+    since = time.monotonic()
+
+    job.cancel()
+
+    assert_stopped_and_saved(job, training, since)
+    assert job.wait() == "CANCELLED", job.transcript()
+
+
+@pytest.fixture(scope="module")
+def linuxproc():
     with SlurmServer.start(nodes=1, proctrack="linuxproc") as server:
-        job = submit("train.sbatch", server=server)
-        job.wait_for("training from step")
-        since = time.monotonic()
+        yield server
 
-        job.cancel()
 
-        assert_stopped_and_saved(job, training, since)
-        assert job.wait() == "CANCELLED", job.transcript()
+def test_without_append_a_requeue_empties_the_output(submit):
+    """So docs/slurm.md warns of it."""
+    job = submit("train.sbatch", "--open-mode=truncate")
+    job.wait_for("training from step 0\n")
+
+    job.requeue()
+    job.start_again()
+
+    job.wait_for("training from step")
+    wait_until(lambda: "saved after step" not in job.output)
+    assert "training from step 0\n" not in job.output

@@ -166,7 +166,7 @@ class BatchScript:
         name = _signal_name(rest.partition("@")[0])
         if command.how == "srun" and to_shell and self.traps.get(name, "") in _DOES_NOTHING:
             yield (
-                f"--signal={self.signal} is for the shell, and {command} does not get it",
+                f"--signal={self.signal} is for the shell alone, and {command} has only KillWait",
                 f"Say --signal={rest}, without B:",
             )
         elif command.how == "exec" and not to_shell:
