@@ -35,6 +35,7 @@ from orchard_infra.inspect import (
     is_ours,
     look,
 )
+from orchard_infra.launch import is_same_job
 from orchard_infra.runs.record import RUN_ID_VARIABLE
 from orchard_infra.runs.registry import RunRegistry
 from orchard_infra.system import processes
@@ -72,8 +73,8 @@ def stop(context: click.Context, target: str, grace: float) -> None:
     """Ask a run to stop: it finishes its step, saves, and releases what it holds.
 
     A PROJECT means all of its runs, those that wait for its lock first; a PID means the run that
-    this process leads. What has not ended after the grace is killed, with all that belongs to it.
-    A run that has ended is not stopped with its program.
+    this process leads, with all ranks of its job on this host. What has not ended after the grace
+    is killed, with all that belongs to it. A run that has ended is not stopped with its program.
     """
     with output.errors_told():
         registry = RunRegistry()
@@ -313,12 +314,18 @@ class Stopping:
 
 
 def _named(runs: Sequence[RegisteredRun], target: str) -> list[RegisteredRun]:
-    """The runs that a person means: those of a project, or the one that a process leads, with
-    its ranks.
+    """The runs that a person means: those of a project, or the one that a process leads, with the
+    other ranks of its job on this host.
     """
     found = [run for run in runs if str(run.record.pid) == target and run.record.is_local]
     if not found:
         return [run for run in runs if run.record.project == target]
+    # A rank that is asked alone leaves the others in a collective.
+    jobs = [run.record.job for run in found]
+    for run in runs:
+        same_job = any(is_same_job(run.record.job, job) for job in jobs)
+        if same_job and run.is_live and run.record.is_local and run not in found:
+            found.append(run)
     # The ranks that it has started are runs of the same project; runs are sorted by age.
     for run in runs:
         outer = next((one for one in found if one.record.run_id == run.record.parent), None)

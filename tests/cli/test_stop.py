@@ -186,6 +186,35 @@ def test_the_ranks_that_a_run_started_are_stopped_with_it(tmp_path):
     assert status_of(tmp_path) == []
 
 
+def test_a_rank_is_stopped_with_all_ranks_of_its_job_and_no_other_job(tmp_path):
+    (tmp_path / "rank.py").write_text(
+        "import os, sys, time\n"
+        "from orchard_infra import managed_environment\n"
+        "with managed_environment(sys.argv[1]):\n"
+        "    print('rank', os.environ['RANK'], os.getpid(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    launcher = """
+        import os, subprocess, sys
+        for rank in range(2):
+            subprocess.Popen(
+                [sys.executable, "rank.py", sys.argv[1]], start_new_session=True,
+                # What torchrun gives to every job that has no name.
+                env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2",
+                     "TORCHELASTIC_RUN_ID": "none"},
+            )
+        input()
+    """
+    jobs = [
+        run_python(tmp_path, launcher, project, name="launch.py") for project in ("ddp", "other")
+    ]
+    pids = [[int(job.wait_for(f"rank {rank}").split()[2]) for rank in range(2)] for job in jobs]
+    script = stop(tmp_path, str(pids[0][1]))
+    wait_gone(pids[0])
+    assert script.output.count("ddp (pid") == 2
+    assert {run["pid"] for run in status_of(tmp_path)} == set(pids[1])
+
+
 def test_another_run_that_was_started_in_the_run_is_sacred(tmp_path):
     (tmp_path / "inner.py").write_text(
         "import os, time\n"
