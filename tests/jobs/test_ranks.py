@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def tell(*words):
     print(f"[{time.monotonic():.3f}]", *words, flush=True)
 
 def wait():
-    sys.stdin.readline()
+    return sys.stdin.readline().strip()
 
 def enter(project="digits", **options):
     tell("comes")
@@ -504,6 +505,43 @@ def test_ranks_that_rank_0_starts_within_its_run_go_on_and_are_waited_for(ranks:
     assert at(leader, "out 0") >= at(leader, "leaves 1")
     assert "waits for rank 0" not in leader.output
     assert "WARNING" not in leader.output
+
+
+LAUNCHES = (
+    PRELUDE
+    + """
+following._ABSENT = 0.5
+if "other" not in sys.argv:  # as Lightning does, before any of them is in an environment
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", NODE_RANK="0",
+                      LOCAL_RANK="0", WORLD_SIZE="2")
+    others = {**os.environ, "LOCAL_RANK": "1"}
+    subprocess.Popen([sys.executable, *sys.argv, "other"], env=others, stdin=subprocess.DEVNULL)
+    if wait() == "fail":
+        sys.exit(3)
+try:
+    with enter():
+        tell("in", *sys.argv[1:])
+except InfrastructureError as error:
+    tell(f"failed: {error}")
+"""
+)
+
+
+@pytest.mark.parametrize("what", ["go on", "fail"])
+def test_ranks_that_rank_0_has_started_itself_wait_for_it_while_it_lives(
+    ranks: Ranks, what: str
+) -> None:
+    leader = ranks.start(None, LAUNCHES)
+    leader.wait_for("waits for rank 0")
+    time.sleep(0.5)
+
+    leader.tell(what)
+
+    told = "in other" if what == "go on" else "failed: rank 0 of this job"
+    wait_until(lambda: told in leader.output, what=leader.transcript)
+    if what == "fail":
+        assert f"(pid {leader.pid}) ended before it had the lock" in leader.output
+    assert leader.finish() == (3 if what == "fail" else 0)
 
 
 ELSEWHERE = (
