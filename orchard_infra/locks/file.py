@@ -13,6 +13,7 @@ check of a removed file proves nothing: there the file stays, with a record that
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -102,6 +103,24 @@ class FileLock:
                             os.close(fd)
         except OSError as error:
             raise _explain(error, key.path) from error
+        except BaseException:
+            # No mask holds off a signal that another thread receives. Nobody knows of the lock yet.
+            self._take_back(path, record)
+            raise
+
+    def _take_back(self, path: str, record: RunRecord) -> None:
+        """Remove the file if this attempt has made it. Its descriptor is lost, and still locked;
+        but nobody else will open a file without a name.
+        """
+        with contextlib.suppress(OSError, InfrastructureError):
+            fd = files.open_existing(path, os.O_RDONLY)
+            try:
+                found = _record_in(fd)
+                is_ours = found is not None and found.run_id == record.run_id
+                if is_ours and not _stays(os.fstat(fd).st_dev):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
 
     def holder(self, key: LockKey) -> RunRecord | None:
         """See `Lock.holder`."""

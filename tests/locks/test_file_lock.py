@@ -496,6 +496,21 @@ def test_a_lease_that_is_dropped_releases_itself(tmp_path):
     assert not path.exists()
 
 
+def test_an_attempt_that_a_signal_breaks_off_leaves_no_lock(tmp_path, monkeypatch):
+    """Another thread may receive it: then the handler runs in the main one although that blocks
+    signals, also between the making of the file and the assignment of its descriptor.
+    """
+
+    def interrupt(lease: FileLease, fd: int) -> None:
+        os.close(fd)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileLease, "_hold", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        take(tmp_path / "x.lock")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_file_is_never_there_without_its_record(tmp_path):
     """It gets its name once it is locked and signed: a contender always learns who has it."""
     path = tmp_path / "x.lock"
