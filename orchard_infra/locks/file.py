@@ -135,11 +135,11 @@ class FileLock:
                 os.close(fd)
 
     def is_shared(self, key: LockKey) -> bool:
-        """See `SharedLock.is_shared`: the file is on a network file system."""
-        try:
-            return _stays(os.stat(key.path.parent).st_dev)
-        except OSError:
-            return False
+        """See `SharedLock.is_shared`: the file is on a network file system, or will be."""
+        for directory in key.path.parents:  # the nearest may not be made yet
+            with contextlib.suppress(OSError):
+                return _stays(os.stat(directory).st_dev)
+        return False
 
     def holder_now(self, key: LockKey) -> RunRecord | None:
         """See `SharedLock.holder_now`. Where the lock is free, this has it for an instant."""

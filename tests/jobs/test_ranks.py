@@ -665,13 +665,9 @@ def test_a_rank_on_another_host_that_does_not_see_the_lock_goes_on_at_once_and_s
 
 
 def test_a_rank_on_another_host_whose_job_has_no_id_goes_on_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    runtime_directory: Path,
-    on_a_network: None,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on_a_network: None
 ) -> None:
     """Nothing in the lock could tell it that it is its own rank 0 which has that."""
-    (runtime_directory / "locks").mkdir()
     for name, value in {
         "RANK": "2",
         "LOCAL_RANK": "0",
