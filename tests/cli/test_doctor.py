@@ -185,7 +185,9 @@ def test_an_overlay_is_named_as_such(tmp_path, unshare, judge):
 )
 def test_a_file_system_without_real_locks_is_a_problem(modules, flock, said, judge):
     (modules / "sitecustomize.py").write_text(
-        f"import errno, fcntl\ndef flock(fd, how):\n    {flock}\nfcntl.flock = flock\n"
+        "import errno, fcntl, functools\n"
+        f"def flock(fd, how):\n    {flock}\n"
+        "fcntl.flock = functools.partial(flock)  # no method of the class that holds it\n"
     )
     check = judge("flock")
     assert check["status"] == "problem"
