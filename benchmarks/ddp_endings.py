@@ -189,6 +189,7 @@ def _refused(job: Job) -> float:
         [ORCHARD_INFRA, "run", "-p", "ddp", "--", "sleep", "600"],
         env=job.environ,
         stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         while not list(locks.rglob("*.lock")):
@@ -197,7 +198,7 @@ def _refused(job: Job) -> float:
         job.start()
         taken = job.wait() - began
     finally:
-        holder.kill()  # it is not what is measured, and its file is the next run's
+        holder.terminate()
         holder.wait()
     told = job.log.read_text()
     assert told.count("is held by") >= job.ranks, told

@@ -36,6 +36,7 @@ from orchard_infra.system.processes import ProcessIdentity
 _LOOK = 0.05  # seconds between two looks
 _LOOK_LONGER = 0.5  # the same after the first seconds
 _LOOK_AROUND = 1.0  # seconds between two looks for the process of rank 0
+_SAY_AFTER = 1.0  # seconds until a rank says that it waits
 _SAY_AGAIN = 30.0  # seconds between two log lines of a rank that waits
 _RANK_0_WITHIN = 600.0  # seconds for rank 0 to come: it may load data for minutes before
 _ABSENT = 30.0  # seconds for which a launcher may not have started rank 0 yet
@@ -142,7 +143,7 @@ class Job:
             InfrastructureError: Rank 0 ended before it had the lock, or did not come.
         """
         began = time.monotonic()
-        say_at = 1.0
+        say_at = _SAY_AFTER
         rank_0 = _Rank0(self)
         why_alone = self._why_alone(lock)
         while why_alone is None:
@@ -181,7 +182,9 @@ class Job:
         if self.launch.job is None:
             return "nothing here names the job that both belong to"
         if self.launch.is_on_first_node is False and not self._can_follow_lock(lock):
-            return f"it is on another host, {self._why_not_by_lock(lock)}"
+            if self._sees_lock(lock):
+                return "it is on another host, and the job has no id that both hosts know"
+            return f"it is on another host, which does not see {self.key.path}"
         return None
 
     def _why_elsewhere(self, lock: Lock, rank_0: _Rank0) -> str | None:
@@ -190,10 +193,14 @@ class Job:
             return None
         if rank_0.project is not None:
             return f"that one is in project {rank_0.project} meanwhile"
-        is_here = self.launch.is_on_first_node or rank_0.known
-        if is_here or self._can_follow_lock(lock):
+        if self._should_be_here or rank_0.known or self._can_follow_lock(lock):
             return None
-        return f"nothing of it is to be seen on this host, {self._why_not_by_lock(lock)}"
+        return "nothing of it is to be seen on this host"
+
+    @property
+    def _should_be_here(self) -> bool:
+        """Whether rank 0 is one of this host. A person may start each rank in another shell."""
+        return self.launch.is_on_first_node is True and self.launch.launcher != "unknown"
 
     def _can_follow_lock(self, lock: Lock) -> bool:
         """Whether a rank on another host than rank 0's can see by the lock that rank 0 has it."""
@@ -201,11 +208,6 @@ class Job:
 
     def _sees_lock(self, lock: Lock) -> bool:
         return isinstance(lock, SharedLock) and lock.is_shared(self.key)
-
-    def _why_not_by_lock(self, lock: Lock) -> str:
-        if not self._sees_lock(lock):
-            return f"which does not see {self.key.path}"
-        return "and the job has no id that the hosts know it by"
 
     def _is_led(self, lock: Lock, runs: Sequence[RegisteredRun]) -> bool:
         """Whether the lock is held by our rank 0, or by the run inside of which this rank was
@@ -276,7 +278,7 @@ class Job:
             return self._left_alone(
                 f"rank 0 of this job (pid {pids}) ended before it had the lock {self.key.path}"
             )
-        if self.launch.is_on_first_node and rank_0.is_absent and waited > _ABSENT:
+        if self._should_be_here and rank_0.is_absent and waited > _ABSENT:
             return self._left_alone(f"rank 0 of this job was not started within {waited:.0f} s")
         if not rank_0.known and waited > _ABSENT and self._can_follow_lock(lock):
             # On another host: it is not seen to wait, only who has the lock instead.

@@ -37,6 +37,7 @@ from orchard_infra import *
 from orchard_infra import following
 
 RANK = int(os.environ.get("RANK", 0))
+following._SAY_AFTER = 0.2
 
 def tell(*words):
     print(f"[{time.monotonic():.3f}]", *words, flush=True)
@@ -239,14 +240,25 @@ def test_when_rank_0_cannot_take_the_lock_the_others_end_with_what_it_said(ranks
     assert "rank 0 of this job" in job[0].wait_for("failed: ")
 
 
-ALONE = PRELUDE + "following._ABSENT = 0.5\n" + RUN.removeprefix(PRELUDE)
+ALONE = PRELUDE + "following._ABSENT = following._ELSEWHERE = 0.5\n" + RUN.removeprefix(PRELUDE)
 
 
-def test_a_rank_whose_rank_0_is_never_started_ends_and_says_so(ranks: Ranks) -> None:
-    lonely = ranks.start(1, ALONE, LOCAL_RANK="1")
+def test_a_rank_whose_launcher_never_starts_rank_0_ends_and_says_so(ranks: Ranks) -> None:
+    lonely = ranks.start(1, ALONE, LOCAL_RANK="1", TORCHELASTIC_RUN_ID="none")
 
     assert lonely.finish(10) == 0
     assert "failed: rank 0 of this job was not started within" in lonely.output
+
+
+def test_a_rank_that_a_person_starts_goes_on_if_rank_0_is_not_below_the_same_shell(
+    ranks: Ranks,
+) -> None:
+    """Each rank in a terminal of its own: nothing says that they belong together."""
+    lonely = ranks.start(1, ALONE, LOCAL_RANK="1")
+
+    lonely.wait_for("] in")
+    assert "INFO rank 1 goes on without waiting for rank 0: nothing of it" in lonely.output
+    end(lonely)
 
 
 COMES_LATE = (
@@ -679,7 +691,7 @@ def test_a_rank_on_another_host_whose_job_has_no_id_goes_on_at_once(
     caplog.set_level(logging.INFO)
 
     with managed_environment("digits"):
-        assert "the job has no id that the hosts know it by" in caplog.text
+        assert "the job has no id that both hosts know" in caplog.text
 
 
 def test_a_rank_of_which_nobody_says_on_which_host_it_is_goes_on_where_no_rank_0_is_seen(
