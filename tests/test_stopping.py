@@ -124,6 +124,7 @@ def test_signals_may_be_numbers_in_any_collection():
         ({"deadline": 1.0}, 'mode="flag"'),
         ({"mode": "flag", "deadline": -1.0}, "deadline"),
         ({"hold_limit": -1.0}, "hold_limit"),
+        ({"blocked_limit": 0.0}, "blocked_limit"),
         ({"signals": (signal.SIGKILL,)}, "SIGKILL cannot be caught"),
         ({"signals": (signal.SIGSTOP,)}, "SIGSTOP cannot be caught"),
         ({"signals": (999,)}, "999"),

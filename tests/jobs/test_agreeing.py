@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,9 +74,9 @@ server: ForkServer
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_server() -> Iterator[None]:
-    require_module("torch")
     global server
-    with ForkServer("torch", "torch.distributed", "orchard_infra._public") as server:
+    torch = ("torch", "torch.distributed") if importlib.util.find_spec("torch") else ()
+    with ForkServer(*torch, "orchard_infra._public") as server:
         yield
 
 
@@ -87,6 +88,7 @@ def start(
     source: str = TRAIN,
     seconds: int = 60,
 ) -> list[ForkedScript]:
+    require_module("torch")
     return [
         server.run_python(tmp_path, source, str(rank), str(size), kind, str(seconds))
         for rank in ranks
