@@ -96,7 +96,11 @@ class Session:
             tell_prepared(self.env)
             return self.env
         except BaseException as error:
-            self._give_up(steps, error)
+            try:
+                self._give_up(steps, error)
+            finally:
+                if not self._closed:  # a second Ctrl-C came before that could begin
+                    self._give_up(steps, error)
             raise
 
     async def prepare_async(self) -> Environment:
@@ -110,7 +114,11 @@ class Session:
             tell_prepared(self.env)
             return self.env
         except BaseException as error:
-            self._give_up(steps, error)
+            try:
+                self._give_up(steps, error)
+            finally:
+                if not self._closed:  # a second Ctrl-C came before that could begin
+                    self._give_up(steps, error)
             raise
 
     def _enter(self) -> Generator[Pause, None, None]:

@@ -24,6 +24,7 @@ from orchard_infra import (
     current_environments,
     managed_environment,
 )
+from orchard_infra.session import Session
 from support import run_python
 
 JOBS = ("stopper", "sanitizer", "cleaner", "flusher", "first extra", "second extra")
@@ -242,6 +243,30 @@ def test_what_was_entered_is_left_when_a_later_step_cannot_be_entered(failing):
         managed_environment("digits", manager=manager).__enter__()
     assert journal.left == ENTERED[:place][::-1]
     assert set(journal.told.values()) <= {caught.value}
+    assert RunRegistry().runs() == ()
+
+
+def test_a_second_ctrl_c_before_the_first_is_dealt_with_leaves_nothing_entered(monkeypatch):
+    journal = Journal()
+    give_up, calls = Session._give_up, []
+
+    def interrupted(session: Session, *arguments: Any) -> None:
+        calls.append(session)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        give_up(session, *arguments)
+
+    @contextmanager
+    def ctrl_c(name: str) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Session, "_give_up", interrupted)
+    manager = manager_of(journal)
+    manager = attrs.evolve(manager, extras=(*manager.extras, Named("last", ctrl_c)))
+    with pytest.raises(KeyboardInterrupt):
+        managed_environment("digits", manager=manager).__enter__()
+    assert journal.left == ENTERED[::-1]
     assert RunRegistry().runs() == ()
 
 
