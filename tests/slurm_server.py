@@ -68,13 +68,7 @@ SlurmdLogFile={directory}/slurmd.%n.log
 SlurmdSpoolDir={directory}/spool.%n
 StateSaveLocation={directory}/state
 ProctrackType=proctrack/{proctrack}
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
-MpiDefault=none
 MailProg=/bin/true
-SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
@@ -225,8 +219,15 @@ class SlurmServer:
         names = tuple(f"{word}n{number}" for number in range(1, nodes + 1))
         server = cls(directory, names, proctrack or best_proctrack(), can_isolate())
         try:
-            server._configure(kill_wait, grace)
-            server._start_daemons()
+            for is_last in (False, False, True):
+                try:
+                    server._configure(kill_wait, grace)
+                    server._start_daemons()
+                    break
+                except RuntimeError:  # somebody else took a port meanwhile
+                    if is_last:
+                        raise
+                    server._stop()
             yield server
         finally:
             server._stop()
@@ -298,7 +299,7 @@ class SlurmServer:
 
     def _configure(self, kill_wait: int, grace: int) -> None:
         for name in ("state", *(f"spool.{node}" for node in self.nodes)):
-            (self.directory / name).mkdir()
+            (self.directory / name).mkdir(exist_ok=True)
         ports = _free_ports(1 + len(self.nodes))
         conf = _CONF.format(
             host=socket.gethostname().partition(".")[0],
@@ -386,6 +387,7 @@ class SlurmServer:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        self._daemons.clear()
         if self.proctrack == "cgroup":
             for node in self.nodes:
                 for path, _, _ in os.walk(_FREEZER / f"slurm_{node}", topdown=False):
@@ -411,9 +413,7 @@ def _communication() -> str:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on. They are free again before they are used: others may take
-    them, which `SlurmServer.start` survives.
-    """
+    """Ports that nobody listens on, at this moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
         for one in sockets:
