@@ -112,7 +112,7 @@ def end(*scripts: Script) -> None:
 # The start.
 
 
-def test_ranks_that_come_seconds_before_rank_0_go_on_once_it_has_the_lock(ranks: Ranks) -> None:
+def test_ranks_that_come_before_rank_0_go_on_once_it_has_the_lock(ranks: Ranks) -> None:
     early = [ranks.start(rank) for rank in (1, 2)]
     for rank in early:
         rank.wait_for("waits for rank 0")
