@@ -384,14 +384,17 @@ class Round:
         self._judge_status(contender)
         if contender.was_killed:
             return
-        # However it was ended: who runs code of its own to the end leaves no file but evidence.
+        # However it was ended: who runs code of its own to the end leaves no file but evidence. A
+        # Ctrl-C that another thread receives is held off by no mask: a record may get lost then.
+        loses_record = contender.plan.beside is not None and "INT" in contender.hits
         for run in contender.program.runs.values():
             if run.fate == "abandoned":
                 if contender.is_healthy:
                     self.violation(f"a release of {contender.name} failed, and nothing hit it")
                 continue
             left = [Path(run.tmp_dir)]
-            if not contender.plan.starts_children:  # that may be evidence of it
+            # Children that nobody had the time to write down may be evidence of it.
+            if not contender.plan.starts_children and not loses_record:
                 left.append(self._record(run.run_id))
             for path in left:
                 if path.exists():

@@ -516,16 +516,31 @@ class Contender:
         if not self.was_disturbed:
             new = set(_descriptors()) - self.descriptors
             left += [target for _, target in new if target.endswith("(deleted)")]
-        left += _locks_held()
+        left += self._locks_held()
         if left:
             self._violation(f"left in the process: {', '.join(left)}")
 
     def check_all_is_released(self) -> None:
         """After the exit hooks."""
         left = [f"the environment of {s.settings.project}" for s in open_sessions()]
-        left += _locks_held()
+        left += self._locks_held()
         if left:
             self._violation(f"left after the exit hooks: {', '.join(left)}")
+
+    def _locks_held(self) -> list[str]:
+        """Locks and tickets. Records of ended runs stay locked while their program lives."""
+        runs = os.path.join(os.environ["ORCHARD_INFRA_DIR"], "runs")
+        queues = os.path.join(os.environ["ORCHARD_INFRA_DIR"], "queues")
+        left = []
+        for descriptor, target in _descriptors():
+            if target.endswith("(deleted)") and self.plan["beside"] and self.was_disturbed:
+                # A Ctrl-C that another thread receives is held off by no mask, and a descriptor can
+                # get lost. One without a name is in nobody's way.
+                continue
+            is_locked = b"lock:" in read_bytes(f"/proc/self/fdinfo/{descriptor}")
+            if (is_locked and not target.startswith(runs)) or target.startswith(queues):
+                left.append(f"the lock on {target}")
+        return left
 
     def _violation(self, text: str) -> None:
         self.journal.write("violation", text=text)
@@ -537,18 +552,6 @@ def _descriptors() -> Iterator[tuple[str, str]]:
             yield descriptor, os.readlink(f"/proc/self/fd/{descriptor}")
         except FileNotFoundError:
             continue
-
-
-def _locks_held() -> list[str]:
-    """Locks and tickets. Records of ended runs stay locked while their program lives."""
-    runs = os.path.join(os.environ["ORCHARD_INFRA_DIR"], "runs")
-    queues = os.path.join(os.environ["ORCHARD_INFRA_DIR"], "queues")
-    left = []
-    for descriptor, target in _descriptors():
-        is_locked = b"lock:" in read_bytes(f"/proc/self/fdinfo/{descriptor}")
-        if (is_locked and not target.startswith(runs)) or target.startswith(queues):
-            left.append(f"the lock on {target}")
-    return left
 
 
 def _read_marker(marker: Path) -> list[Any] | None:
