@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -68,6 +69,28 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     finally:
         stop_everything_started(mark, tmp_path, before)
         shutil.rmtree(ours, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_of_a_group_at_a_time(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Tests of one ``xdist_group`` exclude each other, in whichever workers they are.
+
+    pytest-xdist should keep a group in one worker, and does not do so with pytest 9.2.
+    """
+    marker = request.node.get_closest_marker("xdist_group")
+    if marker is None or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # each worker has a directory in there
+    with open(shared / re.sub(r"\W", "-", str(marker.args[0])), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
