@@ -6,7 +6,6 @@ What this means for real programs is in e2e/test_signals_alone.py.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from types import FrameType, SimpleNamespace
@@ -29,8 +28,8 @@ class Storm(Takeover):
         self.seen.append(("act", self.depth))
         self.depth += 1
         if len(self.seen) < 10:
-            os.kill(os.getpid(), signal.SIGUSR1)
-            os.kill(os.getpid(), signal.SIGUSR2)
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR2)
         self.depth -= 1
 
     def put_off(self, signum: int) -> None:
@@ -41,9 +40,9 @@ def test_a_signal_that_comes_while_one_is_acted_upon_is_put_off():
     storm = Storm()
     storm.take_over([signal.SIGUSR1, signal.SIGUSR2])
     try:
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
         assert storm.seen == [("act", 0), ("put off", 1), ("put off", 1)]
-        os.kill(os.getpid(), signal.SIGUSR2)
+        signal.raise_signal(signal.SIGUSR2)
         assert storm.seen[3:] == [("act", 0), ("put off", 1), ("put off", 1)]
     finally:
         storm.give_back()
@@ -59,7 +58,7 @@ def test_an_exception_out_of_a_handler_does_not_make_it_deaf():
     try:
         for _ in range(2):
             with pytest.raises(KeyError):
-                os.kill(os.getpid(), signal.SIGUSR1)
+                signal.raise_signal(signal.SIGUSR1)
     finally:
         raises.give_back()
 
@@ -75,7 +74,7 @@ def test_after_one_that_ended_in_another_thread_the_next_one_takes_over_all_the_
     ending.start()
     ending.join()
     assert second.take_over([signal.SIGUSR1]) == []
-    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
     assert second.seen
     second.give_back()
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL

@@ -473,7 +473,7 @@ def test_the_directory_is_made_private_and_the_record_is_the_owner_s(registry):
     registration = registry.register(describe_this_run("digits"))
     assert stat.S_IMODE(registry.directory.stat().st_mode) == 0o700
     assert stat.S_IMODE(registration.path.stat().st_mode) == 0o600
-    assert [path.name for path in registry.directory.iterdir()] == [registration.path.name]
+    assert list(registry.directory.glob("*.run")) == [registration.path]
     registration.close()
 
 

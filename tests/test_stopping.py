@@ -86,7 +86,7 @@ def signal_when_installed(monkeypatch: pytest.MonkeyPatch, *signums: int) -> Non
         if pending and signum == pending[0]:
             monkeypatch.setattr(signal, "signal", install)
             for each in pending:
-                os.kill(os.getpid(), each)
+                signal.raise_signal(each)
         return previous
 
     monkeypatch.setattr(signal, "signal", patched)
@@ -232,7 +232,7 @@ def test_a_signal_while_the_handlers_go_back_is_raised(monkeypatch, mode, signum
     def patched(number: int, handler: object) -> object:
         if handler in (signal.SIG_DFL, signal.default_int_handler):
             monkeypatch.setattr(signal, "signal", install)
-            os.kill(os.getpid(), signum)
+            signal.raise_signal(signum)
         return install(number, handler)  # type: ignore[arg-type]
 
     monkeypatch.setattr(signal, "signal", patched)
@@ -312,7 +312,7 @@ def test_where_no_thread_can_be_started_signals_are_not_watched(monkeypatch, cap
 def test_what_comes_during_the_release_is_raised_whatever_the_run_ended_with(signum, error):
     armed = Armed(SignalStop())
     armed.hold()
-    os.kill(os.getpid(), signum)
+    signal.raise_signal(signum)
     late = armed.leave(error)
     assert isinstance(late, KeyboardInterrupt if signum == signal.SIGINT else RunStopped)
 
@@ -322,7 +322,7 @@ def test_a_run_that_was_stopped_is_not_stopped_again_by_what_came_twice(mode):
     """A launcher passes on the signal that its children got as well."""
     armed = Armed(SignalStop(mode))
     armed.hold()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert armed.leave(RunStopped(signal.SIGTERM)) is None
 
 
@@ -330,5 +330,5 @@ def test_a_ctrl_c_and_a_sigterm_are_two_stops():
     """Who catches the one, a notebook say, does not catch the other."""
     armed = Armed(SignalStop())
     armed.hold()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert isinstance(armed.leave(KeyboardInterrupt()), RunStopped)
