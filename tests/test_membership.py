@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import attrs
@@ -20,7 +22,13 @@ from orchard_infra.runs.membership import (
     orphans_of,
     own_pids,
 )
-from orchard_infra.runs.record import RUN_ID_VARIABLE, RunState, Survivor, describe_this_run
+from orchard_infra.runs.record import (
+    RUN_ID_VARIABLE,
+    RunState,
+    Survivor,
+    describe_this_run,
+    read_record,
+)
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
 from orchard_infra.system import processes
 from support import (
@@ -881,6 +889,37 @@ def test_a_stranger_belongs_to_no_run_and_a_dead_run_protects_nobody(tmp_path, r
     run.kill_leader()
     for kind in ("forked", "executed"):
         assert live_run_of(registry, run.pids[kind]) is None
+
+
+def test_a_fork_is_no_member_of_a_run_whose_record_another_thread_is_reading(
+    tmp_path, registry, monkeypatch
+):
+    """It would be spared for as long as that run lives: found by chaos, and made to happen here."""
+    run = start(tmp_path)
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def read_slowly(fd: int) -> object:
+        is_reading.set()
+        assert may_go_on.wait(30)
+        return read_record(fd)
+
+    monkeypatch.setattr("orchard_infra.runs.registry.read_record", read_slowly)
+    reader = threading.Thread(target=registry.runs)
+    reader.start()
+    assert is_reading.wait(30)
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    try:
+        may_go_on.set()
+        reader.join()
+        monkeypatch.undo()
+        assert live_run_of(registry, run.script.pid) == run.run_id
+        assert live_run_of(registry, child) is None
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_of_nested_runs_the_inner_one_is_named(tmp_path, registry):

@@ -300,10 +300,22 @@ _program = _Program()
 atexit.register(lambda: _program.leave())
 
 
+# Descriptors of records that a thread of this process is looking at.
+_looked_at: set[int] = set()
+
+
 def _start_anew() -> None:
-    """In a forked child. The record is its parent's. It stays open, as proof whose fork this is."""
+    """In a forked child. The record is its parent's. It stays open, as proof whose fork this is.
+
+    What another thread was just looking at does not: it would prove that this is a fork of a run
+    to which it does not belong.
+    """
     global _program
     _program = _Program()
+    for fd in tuple(_looked_at):
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _looked_at.clear()
 
 
 def _count() -> None:
@@ -483,6 +495,7 @@ class RunRegistry:
             fd = files.open_existing(path, os.O_RDWR)
         except (OSError, InfrastructureError):
             return None
+        _looked_at.add(fd)
         try:
             found = read_record(fd)
             stat = os.fstat(fd)
@@ -498,6 +511,7 @@ class RunRegistry:
                 directory=directory,
             )
         finally:
+            _looked_at.discard(fd)
             os.close(fd)
 
     def _remove_unlocked(self, name: str) -> bool:
@@ -506,6 +520,7 @@ class RunRegistry:
             fd = files.open_existing(path, os.O_RDWR)
         except (OSError, InfrastructureError):
             return False
+        _looked_at.add(fd)
         try:
             if not _lock_past_readers(fd, path):
                 return False
@@ -517,6 +532,7 @@ class RunRegistry:
         except OSError:
             return False
         finally:
+            _looked_at.discard(fd)
             os.close(fd)
 
 
