@@ -96,6 +96,7 @@ class Contender:
         self.descriptors = set(_descriptors())
         self.left_at = time.monotonic()  # the latest environment
         self.is_in_block = False
+        self.is_beside_left = False  # the thread of the run beside still runs when the program ends
         self.was_disturbed = False  # by an exception anywhere
         # Who held a lock before us, by our run, and whether it had gone by the time we got it.
         self.former: dict[str, list[dict[str, Any]]] = {}
@@ -276,10 +277,7 @@ class Contender:
                 time.sleep(0.02)
 
     def _finish(self, beside: threading.Thread | None) -> None:
-        self.stopping.set()
-        deadline = time.monotonic() + 60.0
-        while beside is not None and beside.is_alive() and time.monotonic() < deadline:
-            beside.join(0.2)
+        interrupt = self._join(beside)
         # Python can be interrupted between the last line of a block and its `__exit__`. It is
         # the exit hook that releases the environment then.
         if not open_sessions():
@@ -289,6 +287,24 @@ class Contender:
             self.children.tidy()
         self.children.leave()
         self.journal.write("finishes")
+        if interrupt is not None:
+            raise interrupt
+
+    def _join(self, beside: threading.Thread | None) -> BaseException | None:
+        """Wait for the run in the other thread, whatever comes meanwhile; that is raised later."""
+        self.stopping.set()
+        interrupt = None
+        deadline = time.monotonic() + 60.0
+        while beside is not None and beside.is_alive() and time.monotonic() < deadline:
+            try:
+                # It may wait for what the exit hook releases.
+                if any(session.thread == threading.get_ident() for session in open_sessions()):
+                    break
+                beside.join(0.2)
+            except KeyboardInterrupt as error:
+                interrupt = error
+        self.is_beside_left = beside is not None and beside.is_alive()
+        return interrupt
 
     def _is_main(self) -> bool:
         return threading.current_thread() is threading.main_thread()
@@ -522,6 +538,8 @@ class Contender:
 
     def check_all_is_released(self) -> None:
         """After the exit hooks."""
+        if self.is_beside_left:
+            return
         left = [f"the environment of {s.settings.project}" for s in open_sessions()]
         left += self._locks_held()
         if left:
