@@ -71,10 +71,6 @@ class Exits:
         """Have a short step carried out on the way back, uninterrupted."""
         self._steps.append(functools.partial(self._carry_out, name, step))
 
-    def long_callback(self, name: str, step: Callable[[], object]) -> None:
-        """Have a step carried out on the way back that a signal may interrupt."""
-        self._steps.append(functools.partial(self.attempt, name, step))
-
     def attempt(self, name: str, step: Callable[[], object]) -> bool:
         """Carry out a step of the release that may take long; whether it went well. A signal may
         end the step, but nothing between two steps: see `close`.

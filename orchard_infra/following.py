@@ -82,17 +82,19 @@ class Job:
         """Rank 0 leaves this when the other ranks on this host have left their environments, or a
         bounded time has passed. A rank that has left, and whose program goes on, does not count.
         """
-        seconds = _OTHERS_WITHIN
+        notice, seconds = Notice(self.record, "left"), _OTHERS_WITHIN
         try:
             yield
-        except Exception:
-            seconds = _AFTER_AN_ERROR
+        except BaseException as error:
+            notice = Notice.at_end(error, self.record)
+            if isinstance(error, Exception):
+                seconds = _AFTER_AN_ERROR
             raise
         finally:
             try:
                 self._wait_for_others(seconds)
             finally:
-                self._leave(Notice(self.record, "left"))
+                self._leave(notice)
 
     def _leave(self, notice: Notice) -> None:
         if self.record.job is None:

@@ -32,8 +32,8 @@ class Notice:
     """What became of rank 0, whose record this has.
 
     ``outcome`` is "locked" if another run had the lock; ``holder``, ``survivors`` and ``lock_path``
-    are those of its error then. It is "failed" if it did not get the lock for any other reason,
-    and "left" if it had the lock and has left its environment. ``at`` is in epoch seconds.
+    are those of its error then. It is "failed" if it did not get the lock for any other reason, or
+    had it and ended with an error, and "left" if it ended well. ``at`` is in epoch seconds.
     """
 
     record: RunRecord
@@ -50,10 +50,18 @@ class Notice:
         if isinstance(error, EnvironmentLockedError):
             survivors = tuple(error.survivors)
             return cls(record, "locked", str(error), error.lock_path, error.holder, survivors)
-        told = str(error) or f"interrupted by {type(error).__name__}"
+        told = str(error) or type(error).__name__
         if isinstance(error, GeneratorExit):  # a signal has ended the wait, and so the generator
             told = "interrupted while it waited"
-        return cls(record, "failed", told)
+        return cls(record, "failed", f"did not get the lock: {told}")
+
+    @classmethod
+    def at_end(cls, error: BaseException, record: RunRecord) -> Notice:
+        """Rank 0, with this record, has left its environment by an error, or by `sys.exit`."""
+        if isinstance(error, SystemExit) and not error.code:
+            return cls(record, "left")
+        told = f"{type(error).__name__}: {error}".removesuffix(": ")
+        return cls(record, "failed", f"has left its environment with {told[:1000]}")
 
     @property
     def error(self) -> InfrastructureError | None:
@@ -61,9 +69,7 @@ class Notice:
         if self.outcome == "left":
             return None
         if self.outcome == "failed":
-            return InfrastructureError(
-                f"rank 0 of this job (pid {self.record.pid}) did not get the lock: {self.message}"
-            )
+            return InfrastructureError(f"rank 0 of this job (pid {self.record.pid}) {self.message}")
         return EnvironmentLockedError(
             self.message,
             holder=self.holder,

@@ -273,6 +273,33 @@ with enter():
 """
 )
 
+FAILS_INSIDE = (
+    PRELUDE
+    + """
+if RANK:
+    tell("imports")
+    wait()
+try:
+    with enter():
+        raise MemoryError("no room for the model")
+except InfrastructureError as error:
+    tell(f"failed: {error}")
+"""
+)
+
+
+def test_a_rank_that_comes_when_rank_0_has_failed_ends_and_says_so(ranks: Ranks) -> None:
+    """It would wait for rank 0 in `init_process_group`."""
+    leader, late = (ranks.start(rank, FAILS_INSIDE) for rank in (0, 1))
+    late.wait_for("imports")
+    assert leader.finish() == 1
+
+    late.tell()
+
+    assert late.finish() == 0, late.transcript()
+    assert "with MemoryError: no room for the model" in late.wait_for("failed: rank 0 of this job")
+
+
 # Several environments of one job.
 
 SWEEP = (
