@@ -451,8 +451,10 @@ class Contender:
 
     def _check_children(self, program: Program, run: Run, *, had_gone: bool) -> None:
         for child in program.children.values():
-            if child.run != run.run_id:
+            if run.run_id not in (child.run, child.carries):
                 continue
+            if child.carries not in (None, run.run_id) and had_gone:
+                continue  # a run of the project of that one sees to it
             if not had_gone:  # it may end in this moment, and its children be gone in the next
                 alive = lives(child.who)
                 if not alive and not program.has_gone:
