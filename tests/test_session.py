@@ -418,7 +418,7 @@ INTERRUPTED = """
             print("left", found)
             traceback.print_exception(where)
             break
-    print("interrupted", interrupted > 50, interrupted, "left", left)
+    print("interrupted", interrupted > 10, interrupted, "left", left)
 """
 
 
