@@ -48,7 +48,7 @@ _STOP_SIGNALS = frozenset(END_SIGNALS) - {signal.SIGQUIT}
 _PR_SET_CHILD_SUBREAPER = 36
 
 _WITNESS_AFTER = 0.05  # seconds: not for a command that has ended by then
-_LEAVES_BY_ITSELF = 0.25  # seconds
+_LEAVES_BY_ITSELF = 0.5  # seconds
 _HINT_AFTER = 3.0  # seconds after a Ctrl-C
 _AGAIN_AFTER = 5.0  # seconds: before that, the same request comes from somebody else as well
 _HIGH = 100  # the first descriptor that no script uses by number
