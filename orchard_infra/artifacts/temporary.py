@@ -15,6 +15,7 @@ from orchard_infra.artifacts.removing import Removal
 from orchard_infra.artifacts.sweeping import directory_name, sweep, tell
 from orchard_infra.environment import Environment
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.system import files
 from orchard_infra.system.exported import export
 
 
@@ -62,7 +63,7 @@ class TemporaryArtifacts:
         """
         sweep(env, private_shm=self.private_shm)
         tmp_dir = Path(os.path.abspath(self.base or _system_tmp())) / directory_name(env.run.run_id)
-        process, began, cwd = os.getpid(), time.time(), _cwd()
+        process, began, cwd = os.getpid(), time.time(), files.working_directory()
         made, failed = True, False
         withdraw = None
         # Put on record first: if this process is killed, the next run must know what to remove.
@@ -134,10 +135,3 @@ def _system_tmp() -> str:
             "there is no directory for temporary files that can be written to: "
             "set TMPDIR or base= to one"
         ) from error
-
-
-def _cwd() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:
-        return None

@@ -285,7 +285,7 @@ class FileLease:
 
     def _hold(self, fd: int) -> None:
         stat = os.fstat(fd)
-        self._file = stat.st_dev, stat.st_ino
+        self._file = files.device_and_inode(stat)
         self._stays = _stays(stat.st_dev)
         self._pid = os.getpid()
         self._fd = fd
@@ -366,17 +366,16 @@ def _held(fd: int, path: str) -> Held:
     if _stays(stat.st_dev):
         return Held(_record_in(fd))
     # Whoever releases the lock removes its file.
-    file = stat.st_dev, stat.st_ino
+    file = files.device_and_inode(stat)
     return Held(_record_in(fd), functools.partial(_is_at, path, file))
 
 
 def _is_at(path: str | Path, file: tuple[int, int]) -> bool:
     """Whether the path names the file with this device and inode."""
     try:
-        named = os.lstat(path)
+        return files.device_and_inode(os.lstat(path)) == file
     except OSError:
         return False
-    return (named.st_dev, named.st_ino) == file
 
 
 def _record_in(fd: int) -> RunRecord | None:

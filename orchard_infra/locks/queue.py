@@ -142,7 +142,7 @@ class _Ticket:
             except BaseException:
                 os.unlink(path)
                 raise
-            return cls(path, name, fd, pid, namespace, _identity(os.fstat(fd)))
+            return cls(path, name, fd, pid, namespace, files.device_and_inode(os.fstat(fd)))
 
     @classmethod
     def open(cls, directory: str, name: str) -> _Ticket | None:
@@ -156,7 +156,7 @@ class _Ticket:
         except FileNotFoundError:
             return None
         pid, namespace = map(int, numbers)
-        return cls(path, name, fd, pid, namespace, _identity(os.fstat(fd)))
+        return cls(path, name, fd, pid, namespace, files.device_and_inode(os.fstat(fd)))
 
     def is_closed(self) -> bool:
         """Whether nobody has it open for writing: its waiter has left, or is dead."""
@@ -260,7 +260,3 @@ def _tidy(directory: str) -> None:
 def _age(stat: os.stat_result) -> float:
     """Seconds since a ticket was touched, in whichever direction the clock was set since."""
     return abs(time.time() - stat.st_mtime)
-
-
-def _identity(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino

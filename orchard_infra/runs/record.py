@@ -234,7 +234,7 @@ def describe_this_run(
             user=files.owner_name(uid).partition(" (")[0],
             uid=uid,
             argv=clip(sys.orig_argv if argv is None else argv),
-            cwd=cut(_working_directory()),
+            cwd=cut(files.working_directory() or ""),
             started_at=time.time(),
             lock=lock,
             rank=rank,
@@ -366,10 +366,3 @@ def cut(text: str, limit: int = 4096) -> str:
     while len(json.dumps(text)) > limit + 2:
         text = text[: len(text) * 2 // 3]
     return text
-
-
-def _working_directory() -> str:
-    try:
-        return os.getcwd()
-    except OSError:
-        return ""

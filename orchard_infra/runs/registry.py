@@ -27,7 +27,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
@@ -187,7 +187,7 @@ class Registration:
             return
         with self._lock:
             try:
-                if _identity(os.lstat(self._path)) == self._file:
+                if files.device_and_inode(os.lstat(self._path)) == self._file:
                     # Before the record goes, so that there is no moment between.
                     _stay_known(os.path.dirname(self._path), self.record.pid)
                     os.unlink(self._path)
@@ -304,6 +304,22 @@ atexit.register(lambda: _program.leave())
 _looked_at: set[int] = set()
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int | None]:
+    """The record at this path, open for a look; None where there is no file to look at."""
+    try:
+        fd = files.open_existing(path, os.O_RDWR)
+    except (OSError, InfrastructureError):
+        yield None
+        return
+    _looked_at.add(fd)
+    try:
+        yield fd
+    finally:
+        _looked_at.discard(fd)
+        os.close(fd)
+
+
 def _start_anew() -> None:
     """In a forked child. The record is its parent's. It stays open, as proof whose fork this is.
 
@@ -374,7 +390,7 @@ class RunRegistry:
                     raise FileNotFoundError  # soon: a collector has locked it
                 files.write_whole(fd, data)
                 os.rename(unnamed, path)
-                registration = Registration(record, path, fd, _identity(os.fstat(fd)))
+                registration = Registration(record, path, fd, files.device_and_inode(os.fstat(fd)))
                 registration._note(before=True)
                 return registration
             except FileNotFoundError:
@@ -424,7 +440,7 @@ class RunRegistry:
         or was forked by one that did; see `membership.has_led_a_run`.
         """
         try:
-            return _identity(os.stat(self.directory))
+            return files.device_and_inode(os.stat(self.directory))
         except OSError:
             return None
 
@@ -491,49 +507,36 @@ class RunRegistry:
 
     def _look(self, name: str, directory: tuple[int, int] | None) -> RegisteredRun | None:
         path = self._path_of(name)
-        try:
-            fd = files.open_existing(path, os.O_RDWR)
-        except (OSError, InfrastructureError):
-            return None
-        _looked_at.add(fd)
-        try:
-            found = read_record(fd)
+        with _opened(path) as fd:
+            found = None if fd is None else read_record(fd)
+            if fd is None or found is None:
+                return None
             stat = os.fstat(fd)
-            if found is None or (hasattr(os, "geteuid") and stat.st_uid != os.geteuid()):
+            if hasattr(os, "geteuid") and stat.st_uid != os.geteuid():
                 return None
             record, stated = found
             return RegisteredRun(
                 record=record,
                 state=_state(record, stated, fd),
-                file=_identity(stat),
+                file=files.device_and_inode(stat),
                 was_released=stated is RunState.ENDED,
                 members=read_members(_members_path(path)),
                 directory=directory,
             )
-        finally:
-            _looked_at.discard(fd)
-            os.close(fd)
 
     def _remove_unlocked(self, name: str) -> bool:
         path = self._path_of(name)
-        try:
-            fd = files.open_existing(path, os.O_RDWR)
-        except (OSError, InfrastructureError):
-            return False
-        _looked_at.add(fd)
-        try:
-            if not _lock_past_readers(fd, path):
+        with _opened(path) as fd:
+            try:
+                if fd is None or not _lock_past_readers(fd, path):
+                    return False
+                found = read_record(fd)
+                if found is not None and leader_lives(found[0]):
+                    return False
+                os.unlink(path)
+                return True
+            except OSError:
                 return False
-            found = read_record(fd)
-            if found is not None and leader_lives(found[0]):
-                return False
-            os.unlink(path)
-            return True
-        except OSError:
-            return False
-        finally:
-            _looked_at.discard(fd)
-            os.close(fd)
 
 
 class _OpenDirectory:
@@ -541,7 +544,7 @@ class _OpenDirectory:
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._file = _identity(os.fstat(self._fd))
+        self._file = files.device_and_inode(os.fstat(self._fd))
         with contextlib.suppress(OSError):
             # The kernel shows who took a lock: so a process that led a run is told from its forks.
             lock_descriptor(self._fd, shared=True)
@@ -613,7 +616,3 @@ def _unlink(*paths: str) -> None:
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-
-
-def _identity(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino

@@ -137,13 +137,25 @@ def create_exclusive(path: str | Path, mode: int) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, mode)
 
 
+def device_and_inode(status: os.stat_result) -> tuple[int, int]:
+    """What tells a file from all others that exist now. Once it is gone its inode is given away."""
+    return status.st_dev, status.st_ino
+
+
+def working_directory() -> str | None:
+    """The working directory; None where it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
 def same_file(fd: int, path: str | Path) -> bool:
     """Whether ``path`` still names the file that is open as ``fd``, and anything is open there."""
     try:
-        named, opened = os.lstat(path), os.fstat(fd)
+        return device_and_inode(os.lstat(path)) == device_and_inode(os.fstat(fd))
     except OSError:
         return False
-    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def still_open(fd: int, file: tuple[int, int]) -> bool:
@@ -151,10 +163,9 @@ def still_open(fd: int, file: tuple[int, int]) -> bool:
     descriptor, as daemons do, and then the number is soon that of some other file.
     """
     try:
-        opened = os.fstat(fd)
+        return device_and_inode(os.fstat(fd)) == file
     except OSError:
         return False
-    return (opened.st_dev, opened.st_ino) == file
 
 
 def read_bounded(fd: int, limit: int) -> bytes:

@@ -25,6 +25,7 @@ from orchard_infra.launch import this_launch
 from orchard_infra.locks.file import FileLock
 from orchard_infra.runs.record import RunRecord, Survivor
 from orchard_infra.session import Session
+from orchard_infra.system import files
 from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import duration, printable
 
@@ -64,7 +65,7 @@ class ProtectedCommand:
             run_id=None,
             joined=False,
             command=list(self.command),
-            cwd=_working_directory(),
+            cwd=files.working_directory(),
             pid=None,
             started_at=time.time(),
             waited_seconds=0.0,
@@ -275,10 +276,3 @@ def _signal_name(signum: int) -> str:
 def _shortened(command: Sequence[str]) -> str:
     words = " ".join(command)
     return words if len(words) <= 80 else f"{words[:77]}..."
-
-
-def _working_directory() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:
-        return None
