@@ -907,11 +907,14 @@ def test_a_fork_is_no_member_of_a_run_whose_record_another_thread_is_reading(
     reader = threading.Thread(target=registry.runs)
     reader.start()
     assert is_reading.wait(30)
+    ready, tell = os.pipe()
     child = os.fork()
     if not child:
+        os.write(tell, b".")
         signal.pause()
         os._exit(0)
     try:
+        os.read(ready, 1)  # what is done in a child after a fork, it has done by then
         may_go_on.set()
         reader.join()
         monkeypatch.undo()
@@ -920,6 +923,8 @@ def test_a_fork_is_no_member_of_a_run_whose_record_another_thread_is_reading(
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(ready)
+        os.close(tell)
 
 
 def test_of_nested_runs_the_inner_one_is_named(tmp_path, registry):

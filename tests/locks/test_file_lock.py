@@ -52,20 +52,6 @@ def test_the_file_holds_the_record_while_held_and_is_gone_after(tmp_path):
     lease.release()  # twice is once
 
 
-def test_a_contender_is_told_who_holds_the_lock(tmp_path):
-    path = tmp_path / "x.lock"
-    holder = run_python(tmp_path, HOLDER, str(path), "0")
-    holder.wait_for("held")
-    with pytest.raises(EnvironmentLockedError) as caught:
-        take(path)
-    error = caught.value
-    assert error.holder is not None
-    assert error.holder.pid == holder.pid
-    assert error.lock_path == str(path)
-    for word in (str(holder.pid), socket.gethostname(), "script.py", str(tmp_path), "kill"):
-        assert word in str(error)
-
-
 def test_different_locks_nest(tmp_path):
     outer, inner = take(tmp_path / "a.lock"), take(tmp_path / "b.lock")
     inner.release()
