@@ -138,13 +138,14 @@ def own_identity() -> ProcessIdentity | None:
 
 
 def session_of(pid: int) -> int | None:
-    """The session that a process is in, see setsid(2); None when unknown, or on Windows.
+    """The session that a process is in, see setsid(2); None when unknown.
 
-    A process with a session of its own (a daemon, a tracker, a terminal multiplexer) is meant to
+    It is 0 where its leader is outside of this pid namespace, as in a container that was entered
+    from the host; and on Windows. A process with a session of its own (a daemon, a tracker, a terminal multiplexer) is meant to
     outlive the process that started it.
     """
     stat = read_stat(pid)
-    return (stat.session or None) if stat is not None else None
+    return stat.session if stat is not None else None
 
 
 def all_pids() -> list[int]:

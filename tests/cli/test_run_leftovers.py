@@ -315,8 +315,16 @@ def test_a_command_that_the_oom_killer_ends_is_said_to_be(wrapper: Wrapper) -> N
         assert shutil.which("true")  # a machine where no memory cgroup can be made
         return
     try:
-        limit.write_text(str(60 << 20))
-        program = wrapper.script("memory = []\nwhile True: memory.append(bytes(1 << 20))")
+        limit.write_text(str(150 << 20))
+        # The killer takes the one with the highest score: it must not be the wrapper.
+        program = wrapper.script(
+            """
+            open("/proc/self/oom_score_adj", "w").write("1000")
+            memory = []
+            while True:
+                memory.append(b"x" * (1 << 20))
+            """
+        )
         inside = f"echo $$ > {own}/cgroup.procs"
         wrapped = f"{COMMAND} run -p digits -- {sys.executable} {program}"
         script = run_command(wrapper.tmp_path, ["sh", "-c", f"{inside}; exec {wrapped}"])
