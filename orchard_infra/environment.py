@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import attrs
 
-from orchard_infra.errors import InfrastructureError, LockLostError
+from orchard_infra.errors import InfrastructureError, LockLostError, LockSuspectError
 from orchard_infra.launch import Launch
 from orchard_infra.locks.base import Lease
 from orchard_infra.report import Report
@@ -20,6 +21,8 @@ from orchard_infra.runs.record import RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
 from orchard_infra.system import background
 from orchard_infra.system.background import Callbacks, Task
+
+_CONFIRM = 0.2  # seconds between two questions whether the lock is held
 
 
 class Strategy(Protocol):
@@ -83,6 +86,7 @@ class Environment:
         default=None, repr=False
     )
     _closer: Callable[[], None] | None = attrs.field(default=None, repr=False)
+    _find_fence: Callable[[], int | None] | None = attrs.field(default=None, repr=False)
     _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
     _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
     _on_record: Sequence[str] = attrs.field(default=(), init=False, repr=False)  # names of files
@@ -181,10 +185,11 @@ class Environment:
             background.wake()
 
     def verify(self) -> None:
-        """Ask now whether the lock is still ours: before a checkpoint is written, say.
+        """Ask now whether the lock is still ours.
 
         Raises:
             LockLostError: It is not. `lock_lost` is set and a stop is requested, too.
+            LockSuspectError: The server of the lock does not answer; see `ensure_held`.
         """
         if self._lease is None:
             return
@@ -195,6 +200,73 @@ class Environment:
         except LockLostError as error:
             self.lose(error)
             raise
+
+    def ensure_held(self) -> None:
+        """Return when the lock is known to be ours: called before a checkpoint is put in place.
+
+        Where the server of the lock does not answer, this waits until it does, or until the lock is
+        lost: each lock states after how many seconds. A file is simply asked. A rank other than
+        0 and a joined process, which hold no lock themselves, are not kept waiting.
+
+        Raises:
+            LockLostError: Another run may have it. `lock_lost` is set and a stop is requested, too.
+        """
+        while True:
+            try:
+                self.verify()
+                return
+            except LockSuspectError as error:
+                self.logger.debug("waiting for the lock to be confirmed: %s", error)
+            time.sleep(_CONFIRM)
+
+    @property
+    def fence(self) -> int:
+        """A number that grows with each run of this project: its fencing token.
+
+        Of two files that carry one, that with the greater number is of the later holder of the
+        lock. What is written under a fixed name has no such protection: a write that is under way
+        when the lock is lost cannot be recalled.
+
+        Raises:
+            LockLostError: The lock is lost, so a successor may have a greater one already.
+            InfrastructureError: There is no lock, or rank 0 has it and this rank cannot see it.
+        """
+        if self._lost is not None:
+            raise self._lost
+        if self._lease is not None:
+            fence = self._lease.fence
+            if self.run.fence != fence:
+                self.put_on_record(fence=fence)
+            return fence
+        found = self.run.fence if self._find_fence is None else self._find_fence()
+        if found is None:
+            raise InfrastructureError(
+                f"project {self.run.project} has no fence here: this process does not hold its "
+                "lock. Ask for env.fence in the process that does (rank 0), and send it on"
+            )
+        return found
+
+    def fenced(self, path: str | os.PathLike[str]) -> Path:
+        """A name for an output that no later run of this project uses, and no earlier one has used.
+
+        The fence stands before the suffix, in 16 digits, so that names sort in the order of runs.
+
+        >>> from orchard_infra import managed_environment
+        >>> with managed_environment("digits") as env:
+        ...     name = env.fenced("runs/model.pt")
+        >>> name.parent.as_posix(), name.stem.partition(".")[0], name.suffix
+        ('runs', 'model', '.pt')
+        >>> int(name.stem.partition(".")[2]) == env.run.fence
+        True
+
+        Raises:
+            LockLostError: The lock is lost.
+            InfrastructureError: There is no fence, see `fence`.
+        """
+        plain = Path(path)
+        if not plain.name:
+            raise InfrastructureError(f"{os.fspath(path)!r} names no file that could get a fence")
+        return plain.with_name(f"{plain.stem}.{self.fence:016d}{plain.suffix}")
 
     def close(self) -> None:
         """Release this environment, and no other one. A second call does nothing.

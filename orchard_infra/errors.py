@@ -6,6 +6,7 @@
     |-- ConfigurationError       the configuration cannot be used; nothing was touched
     |-- EnvironmentLockedError   another run holds the project: .holder, .survivors, .lock_path
     |-- LockLostError            the lock was held and no longer is: .lock_path
+    |-- LockSuspectError         the server of the lock cannot be asked just now: .lock_path
     `-- ReleaseError (OSError)   steps of the release failed: .failures, .errno, .filename
 
 Each of them is a `RuntimeError`, so callers that catch ``(OSError, RuntimeError)`` around a run
@@ -58,6 +59,18 @@ class EnvironmentLockedError(InfrastructureError):
 
 class LockLostError(InfrastructureError):
     """The lock was held and no longer is: another run may be writing to the same outputs."""
+
+    def __init__(self, message: str, *, lock_path: str | None = None) -> None:
+        super().__init__(message)
+        self.lock_path = lock_path
+
+
+class LockSuspectError(InfrastructureError):
+    """The lock was held, and nobody knows just now whether it still is: its server does not answer.
+
+    It does not last: within a time that each lock states, it is known to be held or to be lost.
+    `Environment.ensure_held` waits for that.
+    """
 
     def __init__(self, message: str, *, lock_path: str | None = None) -> None:
         super().__init__(message)

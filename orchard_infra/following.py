@@ -26,7 +26,7 @@ from orchard_infra.launch import (
     processes_of_rank_0,
 )
 from orchard_infra.locks.acquiring import Pause
-from orchard_infra.locks.base import Lock, LockKey, SharedLock
+from orchard_infra.locks.base import Lock, LockKey, SharedLock, connected
 from orchard_infra.runs.notices import Notice, Notices
 from orchard_infra.runs.record import RunRecord, RunState
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
@@ -59,11 +59,12 @@ def next_turn(project: str, *, is_within: bool) -> int:
 
 @attrs.frozen
 class Job:
-    """The job that a run belongs to, seen from one of its ranks."""
+    """The job that a run belongs to, seen from one of its ranks. ``lock_name`` is for people."""
 
     launch: Launch
     record: RunRecord  # of this rank
     key: LockKey
+    lock_name: str
     registry: RunRegistry
     logger: logging.Logger
 
@@ -144,8 +145,13 @@ class Job:
             EnvironmentLockedError: Rank 0 was refused; the same error as its own.
             InfrastructureError: Rank 0 ended before it had the lock, or did not come.
         """
+        with connected(lock) as lock:
+            yield from self._follow(lock, timeout)
+
+    def _follow(self, lock: Lock, timeout: float | None) -> Generator[Pause, None, None]:
         began = time.monotonic()
         say_at = _SAY_AFTER
+        look = max(_LOOK, getattr(lock, "poll", 0.0) / 2)
         rank_0 = _Rank0(self)
         why_alone = self._why_alone(lock)
         while why_alone is None:
@@ -166,14 +172,14 @@ class Job:
                 self.logger.warning(
                     "%s came late: rank 0 has left its environment, and nobody has the lock %s",
                     self._name,
-                    self.key.path,
+                    self.lock_name,
                 )
                 return
             if waited >= say_at:
                 say_at = waited + _SAY_AGAIN
-                self.logger.info("%s waits for rank 0 to take %s", self._name, self.key.path)
+                self.logger.info("%s waits for rank 0 to take %s", self._name, self.lock_name)
             why_alone = self._why_elsewhere(lock, rank_0) if waited > _ELSEWHERE else None
-            yield Pause(_LOOK if waited < _ELSEWHERE else _LOOK_LONGER)
+            yield Pause(look if waited < _ELSEWHERE else _LOOK_LONGER)
         self.logger.info("%s goes on without waiting for rank 0: %s", self._name, why_alone)
 
     @property
@@ -186,7 +192,7 @@ class Job:
         if self.launch.is_on_first_node is False and not self._can_follow_lock(lock):
             if self._sees_lock(lock):
                 return "it is on another host, and the job has no id that both hosts know"
-            return f"it is on another host, which does not see {self.key.path}"
+            return f"it is on another host, which does not see {self.lock_name}"
         return None
 
     def _why_elsewhere(self, lock: Lock, rank_0: _Rank0) -> str | None:
@@ -263,7 +269,7 @@ class Job:
         if now is None or is_same_job(now.job, self.record.job):
             return None
         return EnvironmentLockedError(
-            f"rank 0 of this job has left its environment, and the lock {self.key.path} is held "
+            f"rank 0 of this job has left its environment, and the lock {self.lock_name} is held "
             f"by {now.describe()} since",
             holder=now,
             lock_path=str(self.key.path),
@@ -278,7 +284,7 @@ class Job:
         if rank_0.has_gone:
             pids = ", ".join(str(process.pid) for process in sorted(rank_0.known))
             return self._left_alone(
-                f"rank 0 of this job (pid {pids}) ended before it had the lock {self.key.path}"
+                f"rank 0 of this job (pid {pids}) ended before it had the lock {self.lock_name}"
             )
         if self._should_be_here and rank_0.is_absent and waited > _ABSENT:
             return self._left_alone(f"rank 0 of this job was not started within {waited:.0f} s")
@@ -289,7 +295,7 @@ class Job:
                 return self._refused_elsewhere(holder, waited, timeout)
         if waited > _RANK_0_WITHIN:
             return self._left_alone(
-                f"rank 0 of this job did not take the lock {self.key.path} within {waited:.0f} s"
+                f"rank 0 of this job did not take the lock {self.lock_name} within {waited:.0f} s"
             )
         return None
 
@@ -303,12 +309,11 @@ class Job:
     ) -> InfrastructureError | None:
         if timeout is None or waited <= _ABSENT + timeout:
             return None
-        path = self.key.path
         return EnvironmentLockedError(
-            f"the lock {path} is held by {holder.describe()}, and rank 0 of this job did not get "
-            f"it within {waited:.0f} s",
+            f"the lock {self.lock_name} is held by {holder.describe()}, and rank 0 of this job "
+            f"did not get it within {waited:.0f} s",
             holder=holder,
-            lock_path=str(path),
+            lock_path=str(self.key.path),
         )
 
     # Runs of the same job.

@@ -23,10 +23,18 @@ from orchard_infra.environment import Environment, Strategy
 from orchard_infra.errors import InfrastructureError, ReleaseError
 from orchard_infra.exits import Exits
 from orchard_infra.following import Job, next_turn
-from orchard_infra.launch import Launch
+from orchard_infra.launch import Launch, is_same_job
 from orchard_infra.locks import queue
 from orchard_infra.locks.acquiring import Pause, acquiring
-from orchard_infra.locks.base import Lease, Lock, LockKey
+from orchard_infra.locks.base import (
+    Lease,
+    Lock,
+    LockKey,
+    SharedLock,
+    describe_lock,
+    is_remote,
+    parts_of,
+)
 from orchard_infra.locks.keeper import Keeper
 from orchard_infra.runs.membership import Membership
 from orchard_infra.runs.record import (
@@ -153,7 +161,8 @@ class Session:
             self._exits.callback("run record", self._leave_registry)
             self._exits.callback("run id", export(RUN_ID_VARIABLE, env.run.run_id))
         if self.locker is not None:
-            job = Job(self.launch, env.run, self._key, registry, self.logger)
+            name = describe_lock(self.locker, self._key)
+            job = Job(self.launch, env.run, self._key, name, registry, self.logger)
             if env.is_leader:
                 yield from self._take_lock(self.locker, job)
             else:
@@ -180,9 +189,10 @@ class Session:
         def keep(lease: Lease) -> None:
             self._exits.callback("lock", lease.release)
             env._lease = lease
-            keeper = Keeper(lease, env.lose, self.logger)
-            self._exits.callback("lock keeper", keeper.stop)
-            keeper.start()
+            for part in parts_of(lease):
+                keeper = Keeper(part, env.lose, self.logger)
+                self._exits.callback("lock keeper", keeper.stop)
+                keeper.start()
 
         began = time.perf_counter()
         try:
@@ -198,6 +208,10 @@ class Session:
         except BaseException as error:
             job.refuse(error)
             raise
+        lease = env._lease
+        if lease is not None and any(map(is_remote, parts_of(lease))):
+            # A server has given it with the lock; a file draws its fence when it is asked for.
+            env.run = attrs.evolve(env.run, fence=lease.fence)
         self._exits.enter("ranks of this job", job.last())
         env.report.waited_seconds = time.perf_counter() - began
 
@@ -315,7 +329,8 @@ class Session:
         """The descriptors that keep the run on record and its lock held. A child that holds them,
         too, keeps the lock when this process is killed and the child goes on.
         """
-        holders = (self._registration, self.env._lease)
+        lease = self.env._lease
+        holders = (self._registration, *(() if lease is None else parts_of(lease)))
         return [one.fileno() for one in holders if one is not None and hasattr(one, "fileno")]
 
     # What the steps need.
@@ -355,6 +370,7 @@ class Session:
             launch=self.launch,
             clear_dead=self._clear_dead,
             closer=self.close,
+            find_fence=self._find_fence,
         )
         env.report.skipped = tuple(self._skipped(env))
         return env
@@ -382,6 +398,23 @@ class Session:
         if run is None or not run.is_live or holder.leader == processes.identity_of(os.getpid()):
             return None
         return run.record
+
+    def _is_led_by(self, holder: RunRecord) -> bool:
+        lineage = self.env.registry.lineage(self.env.run.parent)
+        return holder.run_id in lineage or is_same_job(holder.job, self.env.run.job)
+
+    def _find_fence(self) -> int | None:
+        """The fence of the lock that this process takes part in, and does not hold itself."""
+        record: RunRecord | None = self.env.run
+        if not self.env.joined and self.locker is not None:
+            look = self.locker.holder_now if isinstance(self.locker, SharedLock) else None
+            record = (look or self.locker.holder)(self._key)
+            if record is not None and not self._is_led_by(record):
+                return None
+        if record is None or record.fence is not None:
+            return None if record is None else record.fence
+        run = self.env.registry.find(record.run_id)
+        return None if run is None else run.record.fence
 
     def _clear_dead(self, dead: RunRecord) -> Sequence[Survivor]:
         with interruptible():  # it may take the whole grace period

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError
-from orchard_infra.locks.base import Held, Lease, Lock, LockKey, Place
+from orchard_infra.locks.base import Held, Lease, Lock, LockKey, Place, connected, describe_lock
 from orchard_infra.runs.record import RunRecord, Survivor, leader_is_dead
 from orchard_infra.system.masking import uninterrupted
 from orchard_infra.system.text import duration, printable
@@ -181,9 +181,10 @@ class _Attempt:
     logger: logging.Logger
     keep: Callable[[Lease], object]
     lease: Lease | None = attrs.field(default=None, init=False)
+    _asked: Lock = attrs.field(init=False)  # the lock, or one connection of it
     _owner: _Owner = attrs.field(init=False)
     _place: Place | None = attrs.field(default=None, init=False)
-    _leave: Callable[[], object] | None = attrs.field(default=None, init=False)  # the queue
+    _leave: contextlib.ExitStack = attrs.field(factory=contextlib.ExitStack, init=False)
     _has_paused: bool = attrs.field(default=False, init=False)
     _tries: bool = attrs.field(default=True, init=False)  # not behind others in the queue
     _began: float = attrs.field(init=False)  # monotonic, as all that follows
@@ -199,22 +200,27 @@ class _Attempt:
     _survivors: tuple[Survivor, ...] = attrs.field(default=(), init=False)
     _refusal: EnvironmentLockedError | None = attrs.field(default=None, init=False)
 
+    @property
+    def name(self) -> str:
+        return describe_lock(self.lock, self.key)
+
     def begin(self) -> None:
         self._owner = _this_owner()
+        self._asked = self.lock
         self._began = time.monotonic()
         self._deadline = math.inf if self.timeout is None else self._began + self.timeout
         # Before the attempt: another thread that looks must not find a holder it cannot place.
         _note_owner(self.record.run_id, self._owner, None)
         if self.timeout != 0:
             self._stand_in_line()
+        self._asked = self._leave.enter_context(connected(self.lock))
 
     def end(self) -> None:
         if self.lease is None:
             _owners.pop(self.record.run_id, None)
         else:
             _note_owner(self.record.run_id, self._owner, self.lease)
-        if self._leave is not None:
-            self._leave()
+        self._leave.close()
 
     def succeeds(self) -> bool:
         """Try for the lock, where it is our turn."""
@@ -225,7 +231,7 @@ class _Attempt:
             self._tries = self._place is None or self._place.is_first()
             if self._tries:
                 with uninterrupted():
-                    outcome = self.lock.try_acquire(self.key, self.record)
+                    outcome = self._asked.try_acquire(self.key, self.record)
                     if not isinstance(outcome, Held):
                         self.lease = outcome
                         self.keep(outcome)
@@ -235,7 +241,7 @@ class _Attempt:
                     self._unchanged = outcome.unchanged
                     self._try_at = min(time.monotonic() + _TRY_AGAIN, self._deadline)
             elif time.monotonic() >= min(self._say_at, self._deadline):
-                self._consider(self.lock.holder(self.key))
+                self._consider(self._asked.holder(self.key))
             return False
         except InfrastructureError as error:
             self._log_refusal(error)
@@ -247,11 +253,15 @@ class _Attempt:
             self._has_paused = True
             seconds, fd = 0.0, -1  # the place in the queue is taken at the second look
         elif self._tries or self._place is None:
-            seconds, fd = random.uniform(*_POLL), -1
+            seconds, fd = self._poll(), -1
         else:
             seconds, fd = random.uniform(*_WAIT), self._place.fileno()
         left = max(0.0, self._deadline - time.monotonic())
         return Pause(min(seconds, left), fd, self._refuse_blocking if self._refusal else None)
+
+    def _poll(self) -> float:
+        seconds = getattr(self.lock, "poll", None)
+        return random.uniform(*_POLL) if seconds is None else seconds * random.uniform(0.5, 1.5)
 
     def _refuse_blocking(self) -> None:
         if self._refusal is not None:
@@ -263,11 +273,11 @@ class _Attempt:
         if queue is None:
             return
         line = queue(self.key)
-        self._leave = lambda: line.__exit__(None, None, None)
+        self._leave.push(line)  # before it is entered: a Ctrl-C may come between
         try:
             self._place = line.__enter__()
         except (OSError, InfrastructureError) as error:  # no directory for it, no descriptors left
-            self.logger.debug("waiting for %s beside the queue: %s", self.key.path, error)
+            self.logger.debug("waiting for %s beside the queue: %s", self.name, error)
 
     def _consider(self, holder: RunRecord | None) -> None:
         """The lock is taken: refuse, clear a dead holder away, or go on waiting.
@@ -293,7 +303,7 @@ class _Attempt:
             self._say_at = now + _SAY_AGAIN
             self.logger.info(
                 "waiting for the lock %s, held by %s",
-                self.key.path,
+                self.name,
                 self._describe_holder(),
                 extra={"lock_path": str(self.key.path), "holder": holder},
             )
@@ -312,7 +322,7 @@ class _Attempt:
                 return
         else:  # taken without `acquiring`: nobody knows by whom
             their_task = None
-        already = f"this process (pid {holder.pid}) already holds {self.key.path}"
+        already = f"this process (pid {holder.pid}) already holds {self.name}"
         if task is not None and their_task is not None and task != their_task:
             # Raised only if this task blocks the event loop, without which the other one stands.
             self._refusal = self._refused(
@@ -350,7 +360,7 @@ class _Attempt:
         return self._holder.describe()
 
     def _locked(self, waited: float) -> EnvironmentLockedError:
-        path, holder = self.key.path, self._holder
+        path, holder = self.name, self._holder
         since = f" (waited {duration(waited)})" if waited >= 1 else ""
         if holder is not None and self._survivors:
             listed = "; ".join(survivor.describe() for survivor in self._survivors)
@@ -361,7 +371,9 @@ class _Attempt:
                 f"Set allow_process_kill=True to have them stopped, or run: kill {pids}",
                 holder,
             )
-        stop = f"find it with: fuser -v {path}"
+        is_file = path == str(self.key.path)
+        ask = f"fuser -v {path}" if is_file else "orchard-infra status --lock-url"
+        stop = f"find it with: {ask}"
         if holder is None:
             who = "a run that left no readable record"
         elif _is_dead(holder):

@@ -6,8 +6,8 @@ live in `orchard_infra.locks.acquiring`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -40,7 +40,11 @@ class Lease(Protocol):
     """A lock that is held by this process. Copies of it are the same object.
 
     ``record`` is the run that it was taken for. ``interval`` is how often, in seconds, it wants
-    to be renewed in the background.
+    to be renewed in the background; it may change from one time to the next.
+
+    ``fence`` is greater than that of every lease on the same key before, see "fencing token":
+    whoever writes with the greater one is the present holder. Asking for it may raise
+    `LockLostError`, and may wait for a disk.
 
     A lease that is dropped without a release should release itself: a Ctrl-C may come between the
     attempt and the assignment of its result.
@@ -52,12 +56,20 @@ class Lease(Protocol):
     @property
     def interval(self) -> float: ...
 
+    @property
+    def fence(self) -> int: ...
+
     def verify(self) -> None:
-        """Ask whether the lock is still ours; `LockLostError` when it is not."""
+        """Ask whether the lock is still ours.
+
+        Raises:
+            LockLostError: It is not, and never will be again.
+            LockSuspectError: It cannot be asked for. Within a bounded time it can, or is lost.
+        """
         ...
 
     def renew(self) -> None:
-        """Keep it: touch, extend ... `LockLostError` when it is lost."""
+        """Keep it: touch, extend ... It raises the same as `verify`."""
         ...
 
     def release(self) -> None:
@@ -88,6 +100,36 @@ class Lock(Protocol):
     def holder(self, key: LockKey) -> RunRecord | None:
         """The record of the run that has the lock now, or had it last; None when unknown."""
         ...
+
+
+class RemoteLease(Lease, Protocol):
+    """A lease on a server, where a renewal may take seconds. It is renewed in a thread of its own.
+
+    ``watched_fd`` is a descriptor that becomes readable, see poll(2), when it is worth while to
+    renew before the interval is over, because the server has hung up, say; -1 where there is none.
+    """
+
+    @property
+    def watched_fd(self) -> int: ...
+
+
+def connected(lock: Lock) -> AbstractContextManager[Lock]:
+    """The lock on one connection where it has one, see `ServerLock.connect`; else the lock."""
+    connect: Callable[[], AbstractContextManager[Lock]] | None = getattr(lock, "connect", None)
+    return nullcontext(lock) if connect is None else connect()
+
+
+def parts_of(lease: Lease) -> Sequence[Lease]:
+    """The leases that one consists of, where it stands for several; else the lease itself."""
+    parts: Sequence[Lease] = getattr(lease, "parts", (lease,))
+    return parts
+
+
+def is_remote(lease: Lease) -> bool:
+    """Whether a lease is a `RemoteLease`. No isinstance: for a protocol that reads each property,
+    and a fence may have to be drawn first.
+    """
+    return hasattr(lease, "watched_fd")
 
 
 class Place(Protocol):
@@ -131,3 +173,38 @@ class SharedLock(Lock, Protocol):
     def holder_now(self, key: LockKey) -> RunRecord | None:
         """The record of the run that has the lock now; None where it is free, or not signed."""
         ...
+
+
+@runtime_checkable
+class ServerLock(SharedLock, Protocol):
+    """A lock on a server that several hosts use.
+
+    ``poll`` is how many seconds a waiter lets pass between two tries, on average.
+    """
+
+    @property
+    def poll(self) -> float: ...
+
+    def connect(self) -> AbstractContextManager[SharedLock]:
+        """The same lock on one connection, for all the tries and looks of one waiter. It is made
+        when it is first needed. A lease takes it over; else it is closed with the block.
+        """
+        ...
+
+    def describe(self, key: LockKey) -> str:
+        """Where this lock is, for people, without a password."""
+        ...
+
+    def runs(self) -> Sequence[RunRecord]:
+        """The records of all runs that hold a lock on this server now, in any project.
+
+        Raises:
+            InfrastructureError: The server cannot be asked.
+        """
+        ...
+
+
+def describe_lock(lock: Lock, key: LockKey) -> str:
+    """Where a lock is, for people: the path of a file, an address without its password."""
+    describe = getattr(lock, "describe", None)
+    return str(key.path) if describe is None else str(describe(key))

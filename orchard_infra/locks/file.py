@@ -25,7 +25,7 @@ from typing import Any
 import attrs
 
 from orchard_infra.errors import InfrastructureError, LockLostError
-from orchard_infra.locks import queue
+from orchard_infra.locks import counter, queue
 from orchard_infra.locks.base import Held, LockKey
 from orchard_infra.runs.record import RECORD_LIMIT, RECORD_START, RunRecord, from_json, to_json
 from orchard_infra.system import files
@@ -178,6 +178,7 @@ class FileLease:
     _file: tuple[int, int] = attrs.field(default=(0, 0), init=False)  # device and inode
     _stays: bool = attrs.field(default=False, init=False)  # the file does, after the release
     _pid: int = attrs.field(default=0, init=False)  # 0: it never held anything
+    _fence: int = attrs.field(default=0, init=False)  # 0: not drawn yet
 
     def __copy__(self) -> FileLease:
         return self
@@ -208,6 +209,21 @@ class FileLease:
                 f"the lock {self.path} was removed or replaced while this run held it; another "
                 "run may have started. Stop this run, and find out what removes *.lock files"
             )
+
+    @property
+    def fence(self) -> int:
+        """See `Lease.fence`. It is drawn when it is first asked for, from a counter beside the
+        lock, ``NAME.fence``, which stays. A counter that was removed does no harm: a fence is
+        never below the time of day in milliseconds.
+
+        Raises:
+            LockLostError: The lock is lost.
+            InfrastructureError: The counter cannot be used.
+        """
+        if self._fence == 0:
+            self.verify()  # one who draws after a loss would be ahead of its successor
+            self._fence = counter.draw(f"{self.path}.fence")
+        return self._fence
 
     def renew(self) -> None:
         """See `Lease.renew`. A new modification time keeps cleaners of old files away."""

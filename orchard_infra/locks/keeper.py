@@ -2,49 +2,115 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable
+from typing import cast
 
 import attrs
 
-from orchard_infra.errors import LockLostError
-from orchard_infra.locks.base import Lease
+from orchard_infra.errors import LockLostError, LockSuspectError
+from orchard_infra.locks.base import Lease, RemoteLease, is_remote
 from orchard_infra.system import background
 from orchard_infra.system.background import Task
+
+_STOP_WITHIN = 10.0  # seconds for a renewal that is under way when the run ends
 
 
 @attrs.define(eq=False)
 class Keeper:
     """Renews a lease every ``lease.interval`` seconds, and says once when it is lost.
 
-    It shares the one background thread of the process, so ``on_lost`` must be quick. A forked
-    child has no such thread, which is right: the child keeps nothing.
+    It shares the one background thread of the process, so ``on_lost`` must be quick. A lease on a
+    server is renewed in a thread of its own: a server that does not answer must not hold up the
+    others, nor a slow callback of theirs let it expire. A forked child has no such thread, which is
+    right: the child keeps nothing.
     """
 
     lease: Lease
     on_lost: Callable[[LockLostError], object]
     logger: logging.Logger
     _task: Task = attrs.field(init=False)
+    _thread: threading.Thread | None = attrs.field(default=None, init=False)
+    _wake: tuple[int, int] = attrs.field(default=(-1, -1), init=False)  # a pipe; closed to stop
+    _suspect: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._task = Task(self._keep)
 
     def start(self) -> None:
-        self._task.due = time.monotonic() + self.lease.interval
-        background.add(self._task)
+        if is_remote(self.lease):
+            self._wake = os.pipe()
+            self._thread = threading.Thread(
+                target=self._keep_remote,
+                args=(cast(RemoteLease, self.lease), self._wake[0]),
+                name="orchard-infra-lock",
+                daemon=True,
+            )
+            self._thread.start()
+        else:
+            self._task.due = time.monotonic() + self.lease.interval
+            background.add(self._task)
 
     def stop(self) -> None:
         """Stop renewing. A renewal that is just under way is waited for, for a bounded time."""
-        background.remove(self._task)
+        if self._thread is None:
+            background.remove(self._task)
+            return
+        os.close(self._wake[1])
+        self._thread.join(_STOP_WITHIN)
 
     def _keep(self) -> None:
+        if self._renews():
+            self._task.due = time.monotonic() + self.lease.interval
+
+    def _keep_remote(self, lease: RemoteLease, wake: int) -> None:
+        if sys.platform != "win32":
+            # One that this thread took would not interrupt a call in which the main thread waits.
+            signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        with contextlib.closing(os.fdopen(wake, "rb", buffering=0)):
+            while not _stopped(wake, lease.watched_fd, lease.interval) and self._renews():
+                pass
+
+    def _renews(self) -> bool:
+        """Renew once; whether it is worth while to go on."""
         try:
             self.lease.renew()
         except LockLostError as error:
             self.on_lost(error)
-            return
+            return False
+        except LockSuspectError as error:
+            if not self._suspect:
+                self.logger.warning("%s", error)
+            self._suspect = True
         except Exception:
             # A full disk or a stale handle for a while: the lock may well be ours still.
             self.logger.warning("the lock could not be renewed", exc_info=True)
-        self._task.due = time.monotonic() + self.lease.interval
+        else:
+            if self._suspect:
+                self.logger.info("the lock is confirmed: it was held all the time")
+            self._suspect = False
+        return True
+
+
+def _stopped(wake: int, watched: int, seconds: float) -> bool:
+    """Wait until it is time to renew; whether the keeper was stopped meanwhile."""
+    import select
+
+    if sys.platform == "win32":
+        time.sleep(min(seconds, 0.5))
+        return False
+    poll = select.poll()
+    poll.register(wake, select.POLLIN)
+    if watched >= 0:
+        poll.register(watched, select.POLLIN)
+    try:
+        ready = poll.poll(max(0.0, seconds) * 1000)
+    except OSError:
+        return True
+    return any(fd == wake for fd, _ in ready)

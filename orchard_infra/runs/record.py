@@ -118,6 +118,7 @@ class RunRecord:
     else can read. ``host`` is for display: a host name may change while a run goes on. ``job`` is
     that of `Launch`, and ``restart`` its count of restarts. ``turn`` counts the environments of its
     project that its process has come to: the third one of each rank of a job is one and the same.
+    ``fence`` is that of the lease, where it is known from the start.
     """
 
     run_id: str = attrs.field(validator=_run_id)
@@ -141,6 +142,7 @@ class RunRecord:
     job: str | None = attrs.field(default=None, validator=_text_or_none)
     restart: int | None = attrs.field(default=None, validator=_whole_or_none)
     turn: int | None = attrs.field(default=None, validator=_whole_or_none)
+    fence: int | None = attrs.field(default=None, validator=_whole_or_none)
 
     @property
     def leader(self) -> ProcessIdentity:

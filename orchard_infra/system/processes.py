@@ -141,7 +141,9 @@ def session_of(pid: int) -> int | None:
     """The session that a process is in, see setsid(2); None when unknown.
 
     It is 0 where its leader is outside of this pid namespace, as in a container that was entered
-    from the host; and on Windows. A process with a session of its own (a daemon, a tracker, a terminal multiplexer) is meant to
+    from the host; and on Windows.
+
+    A process with a session of its own (a daemon, a tracker, a terminal multiplexer) is meant to
     outlive the process that started it.
     """
     stat = read_stat(pid)

@@ -754,7 +754,9 @@ class SharedDirectory:
         record = describe_this_run("digits", rank=1, job=launch.job)
         registry = RunRegistry()
         with contextlib.closing(registry.register(record)):
-            job = following.Job(launch, record, self.key, registry, logging.getLogger("x"))
+            job = following.Job(
+                launch, record, self.key, str(self.key.path), registry, logging.getLogger("x")
+            )
             yield job.follow(FileLock(), timeout)
 
 

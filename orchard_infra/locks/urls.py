@@ -1,0 +1,85 @@
+"""The address of a server that carries locks: where it is found, and how it is shown."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from orchard_infra.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from orchard_infra.locks.base import ServerLock
+
+URL_VARIABLE = "ORCHARD_INFRA_LOCK_URL"
+POSTGRES_SCHEMES = ("postgresql", "postgres")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+
+_SECRET = re.compile(r"(?i)\b((?:[a-z]*password|passwd|secret|token)\s*=\s*)('[^']*'|[^\s&;]+)")
+
+
+def find_url(url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> str:
+    """``url`` itself, or what ORCHARD_INFRA_LOCK_URL says; ``file:PATH``, in either, is the first
+    line of that file, so that a password is in no argument and in no variable.
+
+    Raises:
+        ConfigurationError: There is none, or its file cannot be read.
+    """
+    found = url or environ.get(URL_VARIABLE, "")
+    if found.startswith("file:"):
+        path = os.path.expanduser(found[len("file:") :].removeprefix("//"))
+        try:
+            with open(path, encoding="utf-8") as file:
+                found = file.readline().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise ConfigurationError(f"cannot read the lock's URL from {path}: {reason}") from None
+        if not found:
+            raise ConfigurationError(
+                f"the first line of {path} should be the lock's URL, and is empty"
+            )
+    if not found:
+        raise ConfigurationError(
+            "the lock has no URL: give one, such as postgresql://host/database, or set "
+            f"{URL_VARIABLE}"
+        )
+    return found
+
+
+def lock_from_url(url: str | None = None, *, timeout: float | None = 0.0) -> ServerLock:
+    """The lock on the server at ``url``; `find_url` says what else it may be.
+
+    Raises:
+        ConfigurationError: No lock speaks to such a server, or what it needs is not installed.
+    """
+    found = find_url(url)
+    scheme = found.partition(":")[0].lower()
+    if scheme in POSTGRES_SCHEMES:
+        from orchard_infra.locks.postgres import PostgresLock
+
+        return PostgresLock(found, timeout=timeout)
+    if scheme in REDIS_SCHEMES:
+        from orchard_infra.locks.redis import RedisLock
+
+        return RedisLock(found, timeout=timeout)
+    raise ConfigurationError(
+        f"the lock's URL {redacted(found)!r} should begin with postgresql://, redis:// or rediss://"
+    )
+
+
+def redacted(text: str) -> str:
+    """An address, or an error message that quotes one, without its password.
+
+    >>> redacted("postgresql://ada:secret@db/locks?sslpassword=s&sslmode=require")
+    'postgresql://ada:***@db/locks?sslpassword=***&sslmode=require'
+    >>> redacted("host=db user=ada password='my secret'")
+    'host=db user=ada password=***'
+    """
+    text = re.sub(r"(?<=://)([^/\s@:]*):[^\s/]*@", r"\1:***@", text)
+    return _SECRET.sub(r"\1***", text)
+
+
+def has_password(url: str) -> bool:
+    """Whether an address carries a password, which has no place in an argument."""
+    return redacted(url) != url
