@@ -14,10 +14,14 @@ GPU_PYTHON ?= $(VENV)/bin/python
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+FRAMEWORKS := $(VENV)/.frameworks
+DOCS := $(VENV)/.docs
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A test that hangs ends its worker, and would be tried again in each new one.
 PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup --max-worker-restart 2
 
-.PHONY: help venv demo test check lint types format test-all-pythons test-gpu short-chaos chaos bench build clean
+.PHONY: help venv demo test test-frameworks docs everything-installed check lint types format \
+	test-all-pythons test-gpu short-chaos chaos bench build clean
 
 help: ## Show this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,16 +31,34 @@ venv: $(INSTALLED) ## Make the development environment, .venv (done by the other
 $(INSTALLED): pyproject.toml requirements-dev.txt requirements-test.txt
 	@echo "Setting up $(VENV); the first time this fetches torch"
 	test -x $(BIN)/python || "$$(scripts/find-python 3.11 3)" -m venv $(VENV)
-	$(BIN)/python -m pip --disable-pip-version-check install --quiet -r requirements-dev.txt -e .
+	$(PIP) -r requirements-dev.txt -e .
+	touch $@
+
+$(FRAMEWORKS): $(INSTALLED) requirements-frameworks.txt
+	@echo "Installing the frameworks that some tests drive"
+	$(PIP) -r requirements-frameworks.txt
+	touch $@
+
+$(DOCS): $(INSTALLED) requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
 	touch $@
 
 demo: $(INSTALLED) ## Train a small network on real images, protected
 	$(BIN)/python examples/train_digits.py
 
-test: $(INSTALLED) ## Run the tests, documentation and examples included
+test: $(INSTALLED) ## Run the tests, documentation and examples included, with what is installed
 	$(PYTEST)
 
-check: lint types test short-chaos ## Everything that a change must pass; two minutes are chaos
+test-frameworks: $(FRAMEWORKS) ## Install Lightning, Transformers, Ray ... and run the tests with them
+	$(PYTEST) tests/frameworks
+
+docs: $(DOCS) ## Build the documentation site into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+everything-installed: $(FRAMEWORKS) $(DOCS)
+
+# Once all is installed, `test` leaves nothing out. Two minutes are chaos.
+check: lint types everything-installed test docs short-chaos ## Everything that a change must pass
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .
@@ -69,5 +91,5 @@ build: $(INSTALLED) ## Build the distributions into dist/
 	$(BIN)/python -m build
 
 clean: ## Remove what was made here, except .venv
-	rm -rf build dist runs .venvs .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist runs site .venvs .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
