@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from servers import postgres as postgres
+from servers import redis_server as redis_server
 from support import TEST_MARK, stop_everything_started
 
 # A rank, a scheduler or a live run around the test suite would change what the package does.

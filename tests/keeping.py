@@ -1,0 +1,109 @@
+"""A process that starts servers for its owner, and removes everything when the owner is gone.
+
+    python -I -S keeping.py OWNER_PID DIRECTORY
+
+Each line on stdin is a command as a JSON list. It is started in DIRECTORY with its output in
+DIRECTORY/log, and its pid is the answer. When the owner ends, however that comes about, every
+process that works in DIRECTORY is killed, and DIRECTORY is removed.
+
+The servers are children of this process and not of the owner, because the tests stop every child
+that a test leaves, and a server is shared by a whole session. Only the standard library is used,
+and little of it, so that this starts fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+
+def processes_in(directory: str) -> list[int]:
+    """The processes whose working directory is ``directory`` or below it."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            cwd = os.readlink(f"/proc/{name}/cwd")
+        except OSError:  # a zombie has none
+            continue
+        if cwd == directory or cwd.startswith(directory + "/"):
+            found.append(int(name))
+    return found
+
+
+def kill_in(directory: str, patience: float = 10.0) -> None:
+    """Kill what works in ``directory``, and wait for its end."""
+    deadline = time.monotonic() + patience
+    while (pids := processes_in(directory)) and time.monotonic() < deadline:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        time.sleep(0.005)
+
+
+def clean_up(directory: str) -> None:
+    """Kill what works in ``directory``, and remove it with all that it stands for."""
+    kill_in(directory)
+    _remove_shared_memory(directory)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_shared_memory(directory: str) -> None:
+    # A killed PostgreSQL leaves the System V segment by which it notices that it still runs. Its
+    # id is in postmaster.pid, see LOCK_FILE_LINE_SHMEM_KEY in PostgreSQL's pidfile.h.
+    for root, _, files in os.walk(directory):
+        if "postmaster.pid" in files:
+            try:
+                with open(os.path.join(root, "postmaster.pid")) as file:
+                    _, shmid = file.read().splitlines()[6].split()
+                subprocess.run(["ipcrm", "--shmem-id", shmid], stderr=subprocess.DEVNULL)
+            except (OSError, IndexError, ValueError):
+                pass
+
+
+def _serve(owner: int, directory: str) -> None:
+    try:
+        pidfd = os.pidfd_open(owner)
+    except ProcessLookupError:
+        clean_up(directory)
+        return
+    print(os.getpid(), flush=True)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(0, select.POLLIN)
+    children: list[subprocess.Popen[bytes]] = []
+    while True:
+        ready = [descriptor for descriptor, _ in poll.poll(1000)]
+        children = [child for child in children if child.poll() is None]
+        if pidfd in ready:
+            clean_up(directory)
+            return
+        if 0 in ready:
+            line = sys.stdin.buffer.raw.readline()
+            if not line:  # closed, but a forked child of the owner might still count on us
+                poll.unregister(0)
+                continue
+            with open(os.path.join(directory, "log"), "ab") as log:
+                child = subprocess.Popen(
+                    json.loads(line),
+                    cwd=directory,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            children.append(child)
+            print(child.pid, flush=True)
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), sys.argv[2])
