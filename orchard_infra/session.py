@@ -36,6 +36,7 @@ from orchard_infra.locks.base import (
     parts_of,
 )
 from orchard_infra.locks.keeper import Keeper
+from orchard_infra.runs import history
 from orchard_infra.runs.membership import Membership
 from orchard_infra.runs.record import (
     RUN_ID_VARIABLE,
@@ -79,6 +80,8 @@ class Session:
     cfg: object = None
     by_hand: bool = False
     error_at_prepare: BaseException | None = None  # in flight then, so not the run's own
+    command_ending: tuple[int, int | None] | None = None  # exit status, and signal if one ended it
+    is_opened: bool = attrs.field(default=False, init=False)  # by `managed_environment.open`
     pid: int = attrs.field(factory=os.getpid, init=False)
     thread: int = attrs.field(factory=threading.get_ident, init=False)
     env: Environment = attrs.field(init=False)
@@ -313,12 +316,30 @@ class Session:
         registration = self._registration
         if registration is None:
             return
+        if self._prepared:
+            self._write_history(registration)
         if self._release_failed():
             registration.abandon()
         elif self._prepared:
             registration.end()
         else:
             registration.close()
+
+    def _write_history(self, registration: Registration) -> None:
+        """Write down how the run ended. First: if we are killed now, this line is what counts."""
+        env, stop = self.env, self.env.stop_requested
+        history.note_end(
+            os.fspath(env.registry.directory),
+            env.run,
+            env.report,
+            running_at=registration.running_at,
+            error=self._exits.error,
+            command=self.command_ending,
+            lock_lost=env.lock_lost,
+            stop_requested=stop is not None,
+            stop_signal=None if stop is None else stop.signal,
+            release_failed=self._release_failed(),
+        )
 
     def _release_failed(self) -> bool:
         report = self.env.report

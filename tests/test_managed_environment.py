@@ -606,7 +606,7 @@ def test_a_program_that_ends_without_a_release_leaves_nothing(tmp_path, runtime_
     )
     assert run.finish() == 0, run.transcript()
     assert not Path(run.output.strip()).exists()
-    assert [p for p in runtime_directory.rglob("*") if p.is_file()] == []
+    assert [p.name for p in runtime_directory.rglob("*") if p.is_file()] == ["history.jsonl"]
 
 
 # --- any manager, any strategy ---
@@ -792,4 +792,4 @@ def test_however_the_body_ends_nothing_is_left(tmp_path, runtime_directory, body
     )
     assert run.finish() == status
     assert not Path(run.output.strip()).exists()
-    assert [p for p in runtime_directory.rglob("*") if p.is_file()] == []
+    assert [p.name for p in runtime_directory.rglob("*") if p.is_file()] == ["history.jsonl"]

@@ -33,7 +33,7 @@ from pathlib import Path
 import attrs
 
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.runs import members
+from orchard_infra.runs import history, members
 from orchard_infra.runs.members import FoldedRun, MembersFile, read_members
 from orchard_infra.runs.record import (
     RunRecord,
@@ -65,6 +65,7 @@ class Registration:
     # Reentrant: a finalizer may leave another environment while this thread is in here.
     _lock: threading.RLock = attrs.field(factory=threading.RLock, init=False)
     _forks: int = attrs.field(init=False)  # of this process, before this run
+    running_at: float | None = attrs.field(default=None, init=False)  # epoch seconds
 
     def __attrs_post_init__(self) -> None:
         self._members = MembersFile(_members_path(self._path))
@@ -81,7 +82,9 @@ class Registration:
         Raises:
             InfrastructureError: Nobody could read that, or the descriptor was closed.
         """
-        files.write_whole(self._descriptor(), _encode(record, state))
+        if state is RunState.RUNNING and self.running_at is None:
+            self.running_at = time.time()
+        files.write_whole(self._descriptor(), _encode(record, state, self.running_at))
         self.record = record
 
     def note_members(self, also: Iterable[ProcessIdentity] = ()) -> None:
@@ -533,6 +536,10 @@ class RunRegistry:
                 found = read_record(fd)
                 if found is not None and leader_lives(found[0]):
                     return False
+                if found is not None and found[1] in (RunState.RUNNING, None) and name[0] != ".":
+                    # Under the lock, so that only one of several cleaners does; before the record
+                    # goes, so that a kill here loses nothing: a second line is passed over.
+                    history.note_killed(os.fspath(self.directory), found[0], fd)
                 os.unlink(path)
                 return True
             except OSError:
@@ -601,11 +608,14 @@ def _lock_past_readers(fd: int, path: str, tries: int = 200) -> bool:
     return False
 
 
-def _encode(record: RunRecord, state: RunState) -> bytes:
+def _encode(record: RunRecord, state: RunState, running_at: float | None = None) -> bytes:
     try:
-        return to_json(record, state, with_environment=True)
+        line = to_json(record, state, with_environment=True)
     except ValueError as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error
+    if running_at is None:
+        return line
+    return line[:-2] + f', "{history.RUNNING_AT}": {running_at}}}\n'.encode()
 
 
 def _members_path(path: str) -> str:

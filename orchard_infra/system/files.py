@@ -137,6 +137,29 @@ def create_exclusive(path: str | Path, mode: int) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, mode)
 
 
+def open_to_append(path: str | Path, mode: int) -> tuple[int, int]:
+    """Open a file of our own to append to it, or make it: its descriptor, and its size in bytes.
+
+    Raises:
+        InfrastructureError: What is there is no file of ours, see `is_foreign`.
+        OSError: As open(2) says.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _SAFE, mode)
+    status = os.fstat(fd)
+    if is_foreign(status):
+        os.close(fd)
+        raise InfrastructureError(f"{path} is not a regular file of ours; it is left as it is")
+    return fd, status.st_size
+
+
+def is_foreign(status: os.stat_result) -> bool:
+    """Whether this is no regular file, belongs to somebody else, or has another name elsewhere:
+    appending to a hard link changes the file that it was planted for.
+    """
+    owner = os.geteuid() if hasattr(os, "geteuid") else status.st_uid
+    return not stat.S_ISREG(status.st_mode) or status.st_uid != owner or status.st_nlink > 1
+
+
 def device_and_inode(status: os.stat_result) -> tuple[int, int]:
     """What tells a file from all others that exist now. Once it is gone its inode is given away."""
     return status.st_dev, status.st_ino

@@ -632,7 +632,7 @@ class Arena:
         known = {run_id for program in programs for run_id in program.runs}
         directory = Path(os.environ["ORCHARD_INFRA_DIR"])
         for path in sorted((*directory.glob("runs/*"), *directory.glob("queues/*"))):
-            if path.name.partition(".")[0] not in known:
+            if path.name.partition(".")[0] not in (*known, "history"):
                 members = "" if path.is_dir() else read_bytes(path).decode(errors="replace")
                 self._blame(f"left when all runs were over: {path.name}\n{members[:2000]}")
 

@@ -129,10 +129,13 @@ class ProtectedCommand:
             supervisor.start(self.command, os.environ, hold=session.descriptors())
         except (OSError, ValueError) as error:
             self._conclude("not started", f"{self.command[0]}: {_why_not_started(error)}")
-            return NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
+            status = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_EXECUTE
+            session.command_ending = status, None
+            return status
         gc.enable()
         self.report["pid"] = supervisor.pid
         ending = supervisor.wait()
+        session.command_ending = ending.status, ending.signal
         self.report["command_seconds"] = round(time.monotonic() - began, 3)
         message = None
         if ending.oom is not None:
