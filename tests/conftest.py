@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from hosts import network as network
 from servers import postgres as postgres
 from servers import redis_server as redis_server
 from support import TEST_MARK, stop_everything_started

@@ -80,6 +80,7 @@ def _serve(owner: int, directory: str) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(0, select.POLLIN)
+    commands = open(0, "rb", buffering=0)  # a buffer would hide a second line from poll(2)
     children: list[subprocess.Popen[bytes]] = []
     while True:
         ready = [descriptor for descriptor, _ in poll.poll(1000)]
@@ -88,7 +89,7 @@ def _serve(owner: int, directory: str) -> None:
             clean_up(directory)
             return
         if 0 in ready:
-            line = sys.stdin.buffer.raw.readline()
+            line = commands.readline()
             if not line:  # closed, but a forked child of the owner might still count on us
                 poll.unregister(0)
                 continue

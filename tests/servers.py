@@ -45,14 +45,15 @@ import keeping
 from support import TEST_MARK, wait_until
 
 if TYPE_CHECKING:
-    from hosts import Host
     from typing_extensions import Self
+
+    from hosts import Host
 
 _PATIENCE = 60.0  # seconds for a server to answer, or to end
 # Below the ports that the kernel gives to outgoing connections: a restarted server finds its own
 # port free again.
 _PORTS = (10_000, 30_000)
-_PATH = os.pathsep.join(
+PATH = os.pathsep.join(
     (
         *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True),
         os.environ.get("PATH", os.defpath),
@@ -64,7 +65,7 @@ _PATH = os.pathsep.join(
 
 def program(name: str) -> str | None:
     """Where a program is, also outside of PATH, where Debian keeps some; None where it is not."""
-    return shutil.which(name, path=_PATH)
+    return shutil.which(name, path=PATH)
 
 
 class _Keeper:
@@ -77,7 +78,7 @@ class _Keeper:
         )
         self.directory = Path(tempfile.mkdtemp(prefix=f"oi-server-{os.getpid()}-", dir=parent))
         self.directory.chmod(0o755)
-        environment = {**os.environ, "LC_ALL": "C", "PATH": _PATH}
+        environment = {**os.environ, "LC_ALL": "C", "PATH": PATH}
         environment.pop(TEST_MARK, None)  # it is not of one test
         owned = (str(os.getpid()), str(self.directory))
         process = subprocess.Popen(
@@ -289,7 +290,7 @@ class _Server(ABC):
         return [] if self.host is None else self.host.enter_network
 
     def _make_certificate(self) -> None:
-        _run(
+        call(
             "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2"
             " -subj /CN=test -keyout server.key -out server.crt",
             *("-addext", f"subjectAltName=IP:{self.address},DNS:localhost"),
@@ -349,7 +350,7 @@ class PostgresServer(_Server):
 
     def execute(self, sql: str, *, database: str = "postgres") -> str:
         """What psql prints, as the superuser, through a socket that no cut cable touches."""
-        return _run(
+        return call(
             "psql -XAtq -v ON_ERROR_STOP=1 -U postgres -f -",
             *("-h", str(self.directory), "-p", str(self.port), "-d", database),
             input=sql,
@@ -404,7 +405,7 @@ class PostgresServer(_Server):
         if self._primary is None:
             _copy(_template() / "data", self._data)
         else:
-            _run(
+            call(
                 "pg_basebackup -U postgres -c fast -X stream --no-sync -R",
                 *("-D", str(self._data)),
                 *("-h", str(self._primary.directory), "-p", str(self._primary.port)),
@@ -496,7 +497,7 @@ class RedisServer(_Server):
         """What redis-cli prints, through a socket that no cut cable touches."""
         login = {} if self.password is None else {"REDISCLI_AUTH": self.password}
         socket_path = str(self.directory / "socket")
-        return _run("redis-cli -e --no-auth-warning -s", socket_path, *command, env=login)
+        return call("redis-cli -e --no-auth-warning -s", socket_path, *command, env=login)
 
     def disconnect_clients(self) -> int:
         """Close all connections of clients from the server's side; how many there were."""
@@ -574,7 +575,7 @@ class RedisServer(_Server):
                 path.unlink()
 
 
-def _run(
+def call(
     command: str,
     *arguments: str,
     lead: Sequence[str] = (),
@@ -582,11 +583,11 @@ def _run(
     env: Mapping[str, str] | None = None,
     input: str = "",
 ) -> str:
-    """What a command prints; ``arguments`` follow the words of it."""
+    """What a command prints; ``arguments`` follow the words of it. `AssertionError` if it fails."""
     done = subprocess.run(
         [*lead, *command.split(), *arguments],
         cwd=cwd,
-        env={**os.environ, "PATH": _PATH, "LC_ALL": "C", **(env or {})},
+        env={**os.environ, "PATH": PATH, "LC_ALL": "C", **(env or {})},
         input=input,
         capture_output=True,
         text=True,
@@ -598,7 +599,7 @@ def _run(
 
 def _is_open_to_all(path: str) -> bool:
     try:
-        return all(os.stat(part).st_mode & 0o001 for part in (path, *Path(path).parents))
+        return all(os.stat(part).st_mode & 0o001 for part in (Path(path), *Path(path).parents))
     except OSError:
         return False
 
@@ -648,7 +649,7 @@ def _template() -> Path:
     user = _postgres_user()
     if user is not None:
         shutil.chown(keeper.directory, user)
-    _run(
+    call(
         "initdb -U postgres -A trust -E UTF8 --locale=C --no-sync --no-instructions -D data",
         cwd=keeper.directory,
         lead=_as_postgres(),

@@ -163,19 +163,21 @@ def run_python(
     test's environment, None removes a variable. ``options`` go to the interpreter, ``popen`` to
     `subprocess.Popen`. The working directory is ``tmp_path`` unless ``cwd`` is given.
     """
-    if isinstance(source, Path):
-        path = source
-    else:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = textwrap.dedent(source)
-        if not path.exists():  # writing it again would empty it under a process that starts
-            path.write_text(text, "utf-8")
-        elif path.read_text("utf-8") != text:
-            raise AssertionError(f"{name} already holds another text: give this one its own name=")
+    path = source if isinstance(source, Path) else written(tmp_path / name, source)
     return run_command(
         tmp_path, [sys.executable, *options, str(path), *arguments], env=env, cwd=cwd, **popen
     )
+
+
+def written(path: Path, source: str) -> Path:
+    """The file at ``path`` with this text; the same text may be given again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = textwrap.dedent(source)
+    if not path.exists():  # writing it again would empty it under a process that starts
+        path.write_text(text, "utf-8")
+    elif path.read_text("utf-8") != text:
+        raise AssertionError(f"{path.name} already holds another text: give this one its own name=")
+    return path
 
 
 def run_command(
@@ -325,6 +327,7 @@ def _helpers_of_multiprocessing() -> list[int]:
 
 
 def _free_log(tmp_path: Path) -> Path:
+    """A name for the output of a script that no other one has."""
     for number in itertools.count():
         log = tmp_path / f"log-{number}"
         if not log.with_suffix(".out").exists():
