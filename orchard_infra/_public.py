@@ -2,6 +2,7 @@
 
 from orchard_infra.artifacts.temporary import TemporaryArtifacts
 from orchard_infra.config import EnvironmentConfig, HardwareAwareConfig, HardwareConfig
+from orchard_infra.devices.interactive import flush
 from orchard_infra.devices.torch_caches import TorchCacheFlusher
 from orchard_infra.environment import Environment, StopRequest, Strategy
 from orchard_infra.errors import (
@@ -9,9 +10,11 @@ from orchard_infra.errors import (
     EnvironmentLockedError,
     InfrastructureError,
     LockLostError,
+    LockSuspectError,
     ReleaseError,
 )
 from orchard_infra.launch import Launch
+from orchard_infra.locks.all_of import AllOf
 from orchard_infra.locks.base import Held, Lease, Lock, LockKey
 from orchard_infra.locks.file import FileLock
 from orchard_infra.managed import managed_environment
@@ -32,6 +35,7 @@ from orchard_infra.stopping.shielding import shield_worker
 from orchard_infra.stopping.signals import RunStopped, SignalStop
 
 __all__ = [
+    "AllOf",
     "CleanReport",
     "ConfigurationError",
     "DeviceMemory",
@@ -53,6 +57,7 @@ __all__ = [
     "Lock",
     "LockKey",
     "LockLostError",
+    "LockSuspectError",
     "RegisteredRun",
     "ReleaseError",
     "Report",
@@ -68,6 +73,7 @@ __all__ = [
     "TemporaryArtifacts",
     "TorchCacheFlusher",
     "current_environments",
+    "flush",
     "managed_environment",
     "shield_worker",
 ]

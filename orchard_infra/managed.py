@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from types import TracebackType
 from typing import Any, TypeGuard, TypeVar, cast
 
-from orchard_infra.config import HardwareAwareConfig, read_config
+from orchard_infra.config import HardwareAwareConfig, Settings, read_config
 from orchard_infra.environment import Environment
 from orchard_infra.errors import InfrastructureError
 from orchard_infra.manager import (
@@ -19,7 +20,7 @@ from orchard_infra.manager import (
     LockersTimeout,
 )
 from orchard_infra.runs.record import describe_this_run
-from orchard_infra.session import Session
+from orchard_infra.session import Session, open_sessions
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -119,12 +120,22 @@ class managed_environment:
     ) -> None:
         self.__exit__(kind, error, traceback)
 
-    def open(self) -> Environment:
+    def open(self, *, reopen: bool = False) -> Environment:
         """Enter the environment without a block. `close` releases it, or else the program's end.
 
         When the handle got lost, `orchard_infra.current_environments` has it.
+
+        ``reopen`` is for the cell of a notebook, which is run again and again: an environment of
+        this project that this thread has opened before is released first. Without it, that is
+        an error.
         """
-        return self.__enter__()
+        if reopen:
+            self.close()
+            _close_opened(read_config(self._cfg))
+        env = self.__enter__()
+        if isinstance(self._session, Session):
+            self._session.is_opened = True
+        return env
 
     def close(self) -> None:
         """Release what `open` has entered. A second call does nothing.
@@ -207,6 +218,14 @@ class managed_environment:
                 f"{type(manager).__name__} waits is its own affair"
             )
         return self._session
+
+
+def _close_opened(settings: Settings) -> None:
+    """Release what this thread has opened for a project and has not closed."""
+    for session in reversed(open_sessions()):
+        is_same = session.settings.lock_path == settings.lock_path
+        if session.is_opened and is_same and session.thread == threading.get_ident():
+            session.close()
 
 
 def _is_ours(manager: object) -> TypeGuard[InfrastructureManager]:

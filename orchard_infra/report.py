@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -72,6 +73,10 @@ class DeviceMemory:
         return self.before - self.after
 
 
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
 @attrs.frozen
 class FlushReport:
     """What a flush did.
@@ -91,6 +96,41 @@ class FlushReport:
         if self.rss_before is None or self.rss_after is None:
             return None
         return self.rss_before - self.rss_after
+
+    def __str__(self) -> str:
+        """A small table for people, in MiB, and the failures."""
+        rows = (("MiB", "before", "after", "freed"), *self._rows())
+        lines = (
+            f"{where:<12}" + "".join(f"{number:>11}" for number in rest) for where, *rest in rows
+        )
+        return "\n".join((*lines, *self.failures))
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # what IPython shows in a terminal
+
+    def _repr_html_(self) -> str:
+        """The same table for a notebook."""
+        import html  # not for a program that shows no tables
+
+        right = 'style="text-align: right"'
+        head = "".join(f"<th {right}>{name}</th>" for name in ("before", "after", "freed"))
+        rows = "".join(
+            f"<tr><th>{html.escape(where)}</th>"
+            + "".join(f"<td {right}>{number}</td>" for number in numbers)
+            + "</tr>"
+            for where, *numbers in self._rows()
+        )
+        failed = "".join(f"<p>{html.escape(failure)}</p>" for failure in self.failures)
+        return f"<table><tr><th>MiB</th>{head}</tr>{rows}</table>{failed}"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        sizes = [(memory.device, memory.before, memory.after) for memory in self.devices]
+        if self.rss_before is not None and self.rss_after is not None:
+            sizes.append(("this process", self.rss_before, self.rss_after))
+        return [
+            (where, _mib(before), _mib(after), _mib(before - after))
+            for where, before, after in sizes
+        ]
 
 
 @attrs.frozen

@@ -327,6 +327,31 @@ def test_after_any_other_error_the_variables_stay_for_the_debugger(error: BaseEx
     assert alive[0]() is not None
 
 
+def test_a_copy_of_the_local_variables_that_a_debugger_has_made_is_cleared_as_well() -> None:
+    def fail() -> None:
+        tensor = Tensor()
+        nonlocal alive
+        alive = weakref.ref(tensor)
+        raise MemoryError
+
+    class Tensor:
+        pass
+
+    alive: weakref.ref[Tensor] | None = None
+    try:
+        fail()
+    except MemoryError as error:
+        kept = error
+    assert kept.__traceback__ is not None
+    inner = kept.__traceback__.tb_next
+    assert inner is not None
+    assert "tensor" in inner.tb_frame.f_locals  # what IPython and pytest do
+    TorchCacheFlusher().flush(kept)
+    gc.collect()
+    assert alive is not None
+    assert alive() is None
+
+
 def test_clearing_frames_can_be_switched_off() -> None:
     alive: list[weakref.ref[Held]] = []
     kept = caught(training, alive, MemoryError())

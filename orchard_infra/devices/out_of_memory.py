@@ -28,7 +28,10 @@ def clear_frames(error: BaseException) -> None:
             try:
                 frame.clear()
             except RuntimeError:
-                pass  # still executing: a function that is around the run, or another thread
+                continue  # still executing: a function that is around the run, or another thread
+            # Before Python 3.13 who has looked at them (IPython, a debugger, pytest) has left a
+            # copy in the frame. To look again brings it up to date: it is empty then.
+            _ = frame.f_locals
 
 
 def _with_causes(error: BaseException) -> Iterator[BaseException]:

@@ -196,6 +196,7 @@ class _Attempt:
     _say_at: float = attrs.field(default=0.0, init=False)
     _may_be_unsigned: bool = attrs.field(default=True, init=False)
     _holder: RunRecord | None = attrs.field(default=None, init=False)
+    _reason: str | None = attrs.field(default=None, init=False)  # see `Held.reason`
     _cleared: str | None = attrs.field(default=None, init=False)  # a run id
     _survivors: tuple[Survivor, ...] = attrs.field(default=(), init=False)
     _refusal: EnvironmentLockedError | None = attrs.field(default=None, init=False)
@@ -236,6 +237,7 @@ class _Attempt:
                         self.lease = outcome
                         self.keep(outcome)
                         return True
+                self._reason = outcome.reason
                 self._consider(outcome.holder)
                 if self._has_paused:  # else the place in the queue is not taken yet
                     self._unchanged = outcome.unchanged
@@ -288,7 +290,7 @@ class _Attempt:
         known, self._holder = self._holder, holder
         now = time.monotonic()
         if holder is None:
-            if self._may_be_unsigned:
+            if self._may_be_unsigned and self._reason is None:
                 self._may_be_unsigned = False
                 self._deadline = max(self._deadline, now + _UNSIGNED)
         elif known is None or holder.run_id != known.run_id or now >= self._look_at:
@@ -302,9 +304,9 @@ class _Attempt:
         if self.timeout != 0 and now >= self._say_at:
             self._say_at = now + _SAY_AGAIN
             self.logger.info(
-                "waiting for the lock %s, held by %s",
+                "waiting for the lock %s%s",
                 self.name,
-                self._describe_holder(),
+                f": {self._reason}" if self._reason else f", held by {self._describe_holder()}",
                 extra={"lock_path": str(self.key.path), "holder": holder},
             )
 
@@ -323,7 +325,8 @@ class _Attempt:
         else:  # taken without `acquiring`: nobody knows by whom
             their_task = None
         already = f"this process (pid {holder.pid}) already holds {self.name}"
-        if task is not None and their_task is not None and task != their_task:
+        is_other = task is not None and their_task is not None and task != their_task
+        if is_other and (self.timeout != 0 or _goes_on(their_task)):
             # Raised only if this task blocks the event loop, without which the other one stands.
             self._refusal = self._refused(
                 f"{already}, in another task of this event loop, and would wait for itself. "
@@ -371,6 +374,12 @@ class _Attempt:
                 f"Set allow_process_kill=True to have them stopped, or run: kill {pids}",
                 holder,
             )
+        if self._reason is not None:
+            return self._refused(
+                f"the lock {path} cannot be taken now{since}: {self._reason}. "
+                "Wait for it with timeout=None, or with a number of seconds",
+                holder,
+            )
         is_file = path == str(self.key.path)
         ask = f"fuser -v {path}" if is_file else "orchard-infra status --lock-url"
         stop = f"find it with: {ask}"
@@ -416,6 +425,12 @@ def _this_owner() -> _Owner:
         except RuntimeError:  # there is no event loop running
             pass
     return weakref.ref(threading.current_thread()), None if task is None else weakref.ref(task)
+
+
+def _goes_on(task: weakref.ref[Any] | None) -> bool:
+    """Whether an asyncio task may still give its lock back. Each cell of a notebook is a task."""
+    running = None if task is None else task()
+    return running is not None and not running.done()
 
 
 def _note_owner(run_id: str, owner: _Owner, lease: Lease | None) -> None:
