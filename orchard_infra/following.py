@@ -151,7 +151,7 @@ class Job:
     def _follow(self, lock: Lock, timeout: float | None) -> Generator[Pause, None, None]:
         began = time.monotonic()
         say_at = _SAY_AFTER
-        look = max(_LOOK, getattr(lock, "poll", 0.0) / 2)
+        look = max(_LOOK, (getattr(lock, "poll", None) or 0.0) / 2)
         rank_0 = _Rank0(self)
         why_alone = self._why_alone(lock)
         while why_alone is None:

@@ -52,7 +52,7 @@ FLOORS = (
     ("sanitizing", "devices", "artifacts", "stopping"),
     ("manager", "session", "following", "exits", "telling"),
     ("managed",),
-    ("cli", "inspect", "pytest_plugin"),
+    ("cli", "inspect", "pytest_plugin", "testing"),
 )
 STRATEGIES = FLOORS[4]  # each of these on a staircase of its own
 
