@@ -9,7 +9,7 @@ import click
 
 from orchard_infra._version import __version__
 
-_COMMANDS = ("run", "status", "stop", "clean", "doctor")
+_COMMANDS = ("run", "status", "history", "stop", "clean", "doctor")
 _FOLDERS = ("run", "doctor")
 
 _EXAMPLES = """\b

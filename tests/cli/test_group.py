@@ -18,7 +18,7 @@ def test_the_help_fits_a_screen_and_has_examples(tmp_path: Path) -> None:
     lines = script.output.splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
-    for command in ("run", "status", "stop", "clean", "doctor"):
+    for command in ("run", "status", "history", "stop", "clean", "doctor"):
         assert any(line.strip().startswith(f"{command} ") for line in lines)
     assert "orchard-infra run -p digits -- python train.py" in script.output
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,25 +181,13 @@ def run(
 
 
 def _write_report(path: Path, report: dict[str, Any]) -> str | None:
-    """Write the report whole or not at all. A pipe or a device is written to directly.
-
-    Returns why it could not be done.
-    """
+    """Write the report; why it could not be done."""
     import json
 
-    data = json.dumps(report, indent=2).encode() + b"\n"
+    from orchard_infra.cli.writing import replace_file
+
     try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            path.write_bytes(data)
-            return None
-        path = Path(os.path.realpath(path))
-        unfinished = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_bytes(data)
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        replace_file(path, json.dumps(report, indent=2).encode() + b"\n")
     except OSError as error:
         return error.strerror or str(error)
     return None
