@@ -17,6 +17,7 @@ import attrs
 
 from orchard_infra.errors import ConfigurationError
 from orchard_infra.system.files import runtime_dir
+from orchard_infra.system.origin import from_origin
 
 _LOCK_PATH = "cfg.hardware.lock_file_path"
 _PATH = type(Path())
@@ -226,7 +227,7 @@ def check_bool(value: object, name: str) -> bool:
 def _absolute(value: object, given: str, name: str) -> Path:
     try:
         # Made absolute now: the program may change its directory during the run.
-        path = os.path.abspath(os.path.expanduser(given))
+        path = from_origin(given)
     except OSError as error:
         raise _no_path(value, name, error) from error
     return value if type(value) is _PATH and str(value) == path else Path(path)

@@ -5,7 +5,8 @@ them without a limit: a worker that ignores SIGTERM, or that hangs, keeps the pr
 ever. So those that still live a grace period after the exit has begun are killed.
 
 The background thread does that, and it must be there before: Python 3.12 starts no thread once
-the exit has begun, and the main thread is the one that waits.
+the exit has begun, and the main thread is the one that waits. It also frees a pool whose lock has
+died with a worker, which kills nobody and needs no permission.
 """
 
 from __future__ import annotations
@@ -19,20 +20,22 @@ from typing import Any
 
 import attrs
 
-from orchard_infra.system import background, processes
+from orchard_infra.system import background, pool_locks, processes
 from orchard_infra.system.background import Task
 from orchard_infra.system.killing import stop_processes
 from orchard_infra.system.masking import uninterrupted
+from orchard_infra.system.pool_locks import StuckPool
 from orchard_infra.system.processes import ProcessIdentity
 
-_LOOK = 1.0  # seconds between two looks whether such children still live
+_LOOK = pool_locks.PATIENCE  # seconds between two looks whether such children still live
 _FIRST = 100  # before the finalizers of multiprocessing itself, of which the first has 15
 
 
 @attrs.define(eq=False)
 class _Watch:
-    grace: float
+    grace: float | None  # None: nobody has allowed to kill
     exit_began: float | None = None
+    stuck_pool: StuckPool = attrs.field(factory=StuckPool)
     task: Task = attrs.field(init=False)
     finalizer: Any = None
 
@@ -48,7 +51,7 @@ class _Watch:
     def note_exit(self) -> None:
         """Called by multiprocessing in the main thread, before it ends its children."""
         self.exit_began = time.monotonic()
-        self.task.due = self.exit_began + self.grace
+        self._plan()
         background.wake()
 
     def look(self) -> None:
@@ -56,39 +59,46 @@ class _Watch:
         global _watch
         children = _daemonic_children()
         with uninterrupted(), _lock:
-            if not children:
+            if not children and not pool_locks.has_pools() and self.exit_began is None:
                 if _watch is self:
                     _watch = None
                 self.finalizer.cancel()
                 background.remove(self.task)
                 return
-        self.task.due = time.monotonic() + _LOOK
+        self._plan()
         if self.exit_began is None:
             return
-        due = self.exit_began + self.grace
-        if time.monotonic() < due:
-            self.task.due = due
-            return
-        pids = {child.pid for child in children}
-        stop_processes(children, grace=0.0, spare=lambda pid: pid not in pids)
+        self.stuck_pool.look()
+        if self.grace is not None and time.monotonic() >= self.exit_began + self.grace:
+            pids = {child.pid for child in children}
+            stop_processes(children, grace=0.0, spare=lambda pid: pid not in pids)
+
+    def _plan(self) -> None:
+        due = (now := time.monotonic()) + _LOOK
+        if self.exit_began is not None and self.grace is not None:
+            end = self.exit_began + self.grace
+            due = min(due, end) if now < end else due
+        self.task.due = due
 
 
 _watch: _Watch | None = None
 _lock = threading.Lock()
 
 
-def let_exit(grace: float) -> None:
+def let_exit(grace: float | None) -> None:
     """Kill the daemonic children of this process that still live ``grace`` seconds after the exit
-    of the interpreter has begun. Does nothing, and costs nothing, if there are none now.
+    of the interpreter has begun; None kills none. Does nothing, and costs nothing, if there are
+    neither children nor pools now.
     """
     global _watch
-    if not _daemonic_children():
+    if not _daemonic_children() and not pool_locks.has_pools():
         return
     with uninterrupted(), _lock:
         if _watch is None:
             _watch = _Watch(grace)
             _watch.begin()
-        _watch.grace = grace
+        if grace is not None:
+            _watch.grace = grace
 
 
 def _daemonic_children() -> list[ProcessIdentity]:

@@ -401,8 +401,7 @@ class GhostSanitizer:
 
     def _look_back(self, env: Environment, block: Block) -> None:
         may_stop = env.allow_process_kill and not self.dry_run
-        if may_stop:
-            exiting.let_exit(self.grace)
+        exiting.let_exit(self.grace if may_stop else None)
         if self.leftovers == "report":
             env.report.leftovers = SanitizeReport(spared=tuple(block.children()))
         else:

@@ -26,14 +26,16 @@ import attrs
 from orchard_infra.environment import Environment
 from orchard_infra.stopping import blocked
 from orchard_infra.stopping.takeover import Takeover, is_bad_moment, is_forking, takeover_of
-from orchard_infra.system import background
+from orchard_infra.system import background, pool_locks
 from orchard_infra.system.background import Task
 from orchard_infra.system.masking import is_in_main_thread, uninterrupted
+from orchard_infra.system.pool_locks import StuckPool
 
 _AGAIN = 0.1  # seconds until a signal that a blocking call slept through is sent again
 _SOON = 0.02  # seconds until one that came at a bad moment is
 _ONE_REQUEST = 5.0  # seconds in which the same signal again means nothing new, in a job
 _RANK_BLOCKED = 30.0  # seconds that a rank may be deaf, the default
+_POOLS = 5.0  # seconds between two looks at a pool that may hang, while no signal has come
 _LOOK = 1.0  # seconds between two looks at a main thread that may be deaf
 
 
@@ -159,9 +161,12 @@ class SignalWatch(Takeover):
     _listens: bool = attrs.field(default=False, init=False)
     _task: Task = attrs.field(init=False)
     _lookout: Task = attrs.field(init=False)
+    _pools: Task = attrs.field(init=False)
+    _stuck_pool: StuckPool = attrs.field(factory=StuckPool, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._task = Task(self._signal_if_due)
+        self._pools = Task(self._look_at_pools, time.monotonic() + _POOLS)
         self._lookout = Task(self._look_at_main_thread)
 
     def __enter__(self) -> None:
@@ -223,7 +228,7 @@ class SignalWatch(Takeover):
         problem: object = None
         if not is_in_main_thread():
             problem = "signals reach the main thread only"
-        elif not background.add(self._task):
+        elif not (background.add(self._task) and background.add(self._pools)):
             problem = "no thread can be started"
         else:
             try:
@@ -243,6 +248,7 @@ class SignalWatch(Takeover):
         finally:  # a last signal may have come before it could be held
             self._hold_until = math.inf
             background.remove(self._task)  # nothing is sent any more: it would end the process
+            background.remove(self._pools)
             if self._listens:
                 background.remove(self._lookout)
                 blocked.stop_listening()
@@ -361,6 +367,8 @@ class SignalWatch(Takeover):
             watch._hold_until = time.monotonic() + watch.config.hold_limit
             watch._under_way = lambda: True  # first: the next signal may interrupt us here
         self._heed(signum, watches)
+        self._pools.due = time.monotonic() + pool_locks.PATIENCE
+        background.wake()
         error = KeyboardInterrupt() if signum == signal.SIGINT else RunStopped(signum)
         under_way = weakref.ref(error) if isinstance(error, RunStopped) else lambda: None
         for watch in watches:
@@ -435,6 +443,13 @@ class SignalWatch(Takeover):
             _thread.interrupt_main(signum)
         else:
             signal.pthread_kill(threading.main_thread().ident or 0, signum)
+
+    def _look_at_pools(self) -> None:
+        """In the background thread: a signal may have ended workers of the block as well, and then
+        ``with Pool()`` would never end. Ctrl-C may be Python's own, so it looks all the time.
+        """
+        soon = self._stuck_pool.look() or self._raised
+        self._pools.due = time.monotonic() + (pool_locks.PATIENCE if soon else _POOLS)
 
     @property
     def _look_every(self) -> float:

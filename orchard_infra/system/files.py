@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchard_infra.errors import InfrastructureError
+from orchard_infra.system.origin import from_origin
 
 _Path = TypeVar("_Path", str, Path)
 
@@ -44,15 +45,11 @@ def runtime_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """
     chosen = environ.get(RUNTIME_DIR_VARIABLE)
     if chosen:
-        return _chosen_dir(chosen if os.path.isabs(chosen) else _absolute(chosen))
+        return _chosen_dir(chosen if os.path.isabs(chosen) else from_origin(chosen, environ))
     if sys.platform == "win32":
         local = environ.get("LOCALAPPDATA") or os.path.expanduser("~")
         return Path(local) / "orchard-infra"
     return _own_dir(os.geteuid())
-
-
-def _absolute(chosen: str) -> str:
-    return os.path.abspath(os.path.expanduser(chosen))
 
 
 # Short runs ask several times each, and a path costs as much to make as a system call.
