@@ -28,12 +28,16 @@ class LockKey:
 class Held:
     """The lock is taken. ``holder`` is who left a record in it; None where nobody did (yet).
 
+    ``reason`` is why nobody may have it just now, where it is not for a holder: its server has
+    just started, say. It is shown to people.
+
     ``unchanged``, where there is one, is a look that costs far less than a try: as long as it
     answers True the lock was not released. Its holder may be dead all the same.
     """
 
     holder: RunRecord | None = None
     unchanged: Callable[[], bool] | None = attrs.field(default=None, eq=False, repr=False)
+    reason: str | None = None
 
 
 class Lease(Protocol):

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from orchard_infra.errors import ConfigurationError
 
@@ -78,6 +79,19 @@ def redacted(text: str) -> str:
     """
     text = re.sub(r"(?<=://)([^/\s@:]*):[^\s/]*@", r"\1:***@", text)
     return _SECRET.sub(r"\1***", text)
+
+
+def shown(url: str) -> str:
+    """Which server and database an address names: without user, password and options.
+
+    >>> shown("rediss://ada:secret@cache.example:6380/1?ssl_ca_certs=/etc/ca.pem")
+    'rediss://cache.example:6380/1'
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "a server whose URL cannot be read"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def has_password(url: str) -> bool:
