@@ -53,7 +53,7 @@ test-frameworks: $(FRAMEWORKS) ## Install Lightning, Transformers, Ray ... and r
 	$(PYTEST) tests/frameworks
 
 docs: $(DOCS) ## Build the documentation site into site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 everything-installed: $(FRAMEWORKS) $(DOCS)
 
