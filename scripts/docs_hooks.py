@@ -16,7 +16,9 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-_LINK = re.compile(r"(?P<start>!?\[(?:[^]\[]|\[[^]]*\])*\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
+_LINK = re.compile(
+    r"(?P<start>!?\[(?:[^]\[]|\[[^]]*\])*\]\()(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)"
+)
 _CODE = re.compile(r"^(?P<fence>[ ]*```).*?^(?P=fence)[ ]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"^<!--\s*(?:not run|before):.*?-->\n", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".sh": "bash"}
