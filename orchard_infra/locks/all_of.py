@@ -39,8 +39,8 @@ def _check_locks(instance: object, attribute: attrs.Attribute[Any], locks: Seque
     for lock in locks:
         if isinstance(lock, AllOf):
             raise TypeError("AllOf takes single locks: name those of the inner AllOf beside others")
-        if not callable(getattr(lock, "try_acquire", None)):
-            raise TypeError(f"AllOf takes locks, such as FileLock(); not {lock!r}")
+        if isinstance(lock, type) or not callable(getattr(lock, "try_acquire", None)):
+            raise TypeError(f"AllOf takes locks, such as FileLock(); not {lock!r:.80}")
 
 
 def _check_timeout(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -210,7 +210,7 @@ class AllOfLease:
         """See `Lease.release`. In reverse order, and each, whatever becomes of the others.
 
         Raises:
-            Exception: What the first of them raised that could not be released.
+            Exception: One of them could not be released. All others were.
         """
         with contextlib.ExitStack() as stack:
             for part in self._parts:
