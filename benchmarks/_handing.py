@@ -30,6 +30,9 @@ class Lock(Protocol):
     def release(self) -> object: ...
 
 
+MakeLock = Callable[[Path], Lock]
+
+
 class _Polling:
     """A file lock without a queue: every waiter tries all the time."""
 
@@ -84,7 +87,7 @@ ENVIRONMENT = "managed_environment, lock only"
 POLLING = "FileLock, everybody polls"
 PEER = "filelock.FileLock"
 
-LOCKS: dict[str, Callable[[Path], Lock]] = {
+LOCKS: dict[str, MakeLock] = {
     OURS: _OurLock,
     ENVIRONMENT: _OurEnvironment,
     PEER: lambda path: filelock.FileLock(str(path), timeout=PATIENCE),
@@ -95,10 +98,14 @@ LOCKS: dict[str, Callable[[Path], Lock]] = {
 }
 
 
-_BY_NAME: dict[str, Callable[[Path], Lock]] = {
+_BY_NAME: dict[str, MakeLock] = {
     **LOCKS,
     POLLING: lambda path: _OurLock(path, _Polling()),
 }
+
+
+def _make(name: str | MakeLock) -> MakeLock:
+    return _BY_NAME[name] if isinstance(name, str) else name
 
 
 @attrs.frozen
@@ -124,8 +131,10 @@ class Waiter:
     pid: int
     _commands: Connection
 
-    def start(self, name: str, path: Path, hold: float = 0.0) -> None:
-        """Have it wait, for one of `LOCKS` or for `POLLING`; back when it is about to."""
+    def start(self, name: str | MakeLock, path: Path, hold: float = 0.0) -> None:
+        """Have it wait, for one of `LOCKS`, for `POLLING`, or for what a function that can be
+        pickled makes; back when it is about to.
+        """
         self._commands.send((name, path, hold))
         self._commands.recv()
 
@@ -155,12 +164,14 @@ def waiters(number: int, method: str = "spawn") -> Iterator[list[Waiter]]:
             process.join()
 
 
-def hand_over(name: str, path: Path, to: list[Waiter], hold: float) -> tuple[float, list[Waited]]:
+def hand_over(
+    name: str | MakeLock, path: Path, to: list[Waiter], hold: float
+) -> tuple[float, list[Waited]]:
     """Hold a lock for some time, then hand it to waiters, who pass it on among themselves.
 
     Seconds from the beginning of the release until the first of them had it, and what each says.
     """
-    lock = _BY_NAME[name](path)
+    lock = _make(name)(path)
     lock.acquire()
     for waiter in to:
         waiter.start(name, path)
@@ -175,7 +186,7 @@ def hand_over(name: str, path: Path, to: list[Waiter], hold: float) -> tuple[flo
 @contextlib.contextmanager
 def held(name: str, path: Path) -> Iterator[Lock]:
     """A lock that this process has, for a block that gives it back."""
-    lock = _BY_NAME[name](path)
+    lock = _make(name)(path)
     lock.acquire()
     yield lock
 
@@ -183,7 +194,7 @@ def held(name: str, path: Path) -> Iterator[Lock]:
 def _wait(commands: Connection) -> None:
     while (command := commands.recv()) is not None:
         name, path, hold = command
-        lock = _BY_NAME[name](path)
+        lock = _make(name)(path)
         commands.send("waiting")
         cpu, began = time.process_time(), time.monotonic()
         lock.acquire()
