@@ -17,6 +17,7 @@ from orchard_infra.launch import Launch
 from orchard_infra.locks.all_of import AllOf
 from orchard_infra.locks.base import Held, Lease, Lock, LockKey
 from orchard_infra.locks.file import FileLock
+from orchard_infra.locks.postgres import PostgresLock
 from orchard_infra.locks.redis import RedisLock
 from orchard_infra.managed import managed_environment
 from orchard_infra.manager import InfraManagerProtocol, InfrastructureManager
@@ -59,6 +60,7 @@ __all__ = [
     "LockKey",
     "LockLostError",
     "LockSuspectError",
+    "PostgresLock",
     "RedisLock",
     "RegisteredRun",
     "ReleaseError",
