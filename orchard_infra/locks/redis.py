@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,12 @@ def _check_renew(instance: RedisLock, attribute: attrs.Attribute[Any], value: ob
         )
 
 
+def _check_poll(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):  # type: ignore[operator]
+        raise ValueError(f"poll must be a number of seconds > 0, not {value!r}")
+
+
 def _check_url(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
     # The value is not shown: it may hold a password.
     if value is not None and not isinstance(value, str):
@@ -86,7 +93,7 @@ class RedisLock:
 
     >>> from orchard_infra import RedisLock
     >>> RedisLock("redis://:secret@cache.example/0", timeout=60)
-    RedisLock(timeout=60, ttl=30.0, renew=5.0, lock_key=None, guard=True)
+    RedisLock(timeout=60, ttl=30.0, renew=5.0, lock_key=None, guard=True, poll=1.0)
 
     ``url`` is redis://, rediss:// (TLS) or unix://, with the options of redis-py; None is what
     ``ORCHARD_INFRA_LOCK_URL`` says; file:PATH is the first line of that file. ``timeout``, in
@@ -95,7 +102,8 @@ class RedisLock:
     The lock frees itself ``ttl`` seconds after the last sign of life of its holder, which gives
     one every ``renew`` seconds. All runs of a project should use the same ``ttl``. ``lock_key``
     takes the place of the project's name. ``guard`` has nobody granted the lock within ``ttl``
-    seconds after the start of the server, which may have come back without its data.
+    seconds after the start of the server, which may have come back without its data. ``poll`` is
+    how many seconds a waiter lets pass between two tries, on average.
     """
 
     url: str | None = attrs.field(default=None, repr=False, validator=_check_url)
@@ -104,11 +112,7 @@ class RedisLock:
     renew: float = attrs.field(default=5.0, validator=_check_renew)
     lock_key: str | None = attrs.field(default=None, validator=_check_lock_key)
     guard: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
-
-    @property
-    def poll(self) -> float:
-        """See `ServerLock.poll`."""
-        return 1.0
+    poll: float = attrs.field(default=1.0, validator=_check_poll)
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> RedisLease | Held:
         """See `Lock.try_acquire`."""
@@ -223,7 +227,7 @@ class RedisConnection:
             if not is_ours:
                 self._may_be_granted = False
                 return _held_by(attempt, self.lock.ttl)
-            lease = RedisLease(self.lock, key, record, server, attempt, before)
+            lease = RedisLease(self.describe(key), record, self.lock, server, attempt, before)
             self._may_be_granted, self._try, self._server = False, None, None
             return lease
 
@@ -300,13 +304,13 @@ class RedisLease:
     A copy is the lease itself. A pickled one, and one in a forked child, holds nothing.
     """
 
-    _lock: RedisLock
-    _key: LockKey
+    name: str  # where the lock is, for people
     record: RunRecord
+    _lock: RedisLock
     _server: Server | None = attrs.field(default=None, repr=False)
     _held: FencedLock | None = attrs.field(default=None, repr=False)
     _renewed: float = 0.0  # on the boot clock, before the last good renewal was sent
-    _pid: int = attrs.field(factory=os.getpid, init=False)
+    _pid: int = attrs.field(factory=os.getpid, init=False, repr=False)
     _suspect: bool = attrs.field(default=False, init=False)
     _over: str | None = attrs.field(default=None, init=False)  # why it will never be held again
 
@@ -317,7 +321,7 @@ class RedisLease:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RedisLease, (attrs.evolve(self._lock, url=None), self._key, self.record)
+        return RedisLease, (self.name, self.record, attrs.evolve(self._lock, url=None))
 
     def __del__(self) -> None:
         # A signal may raise between `try_acquire` and the caller's assignment.
@@ -392,11 +396,6 @@ class RedisLease:
             )
         finally:
             server.close()
-
-    @property
-    def name(self) -> str:
-        """Where the lock is, for people."""
-        return self._lock.describe(self._key)
 
     def _left(self) -> float:
         """Seconds until the server has to confirm it."""
