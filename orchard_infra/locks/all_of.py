@@ -15,7 +15,12 @@ from typing import Any, NoReturn, cast
 
 import attrs
 
-from orchard_infra.errors import ConfigurationError, InfrastructureError, LockSuspectError
+from orchard_infra.errors import (
+    ConfigurationError,
+    InfrastructureError,
+    LockLostError,
+    LockSuspectError,
+)
 from orchard_infra.locks.base import (
     Held,
     Lease,
@@ -197,12 +202,18 @@ class AllOfLease:
         self._ask_all([part.renew for part in self._parts])
 
     def _ask_all(self, questions: Sequence[Callable[[], None]]) -> None:
-        suspect = None
+        # All of them, also after a loss: each learns by this of its own, and lets go.
+        lost: LockLostError | None = None
+        suspect: LockSuspectError | None = None
         for ask in questions:
             try:
                 ask()
+            except LockLostError as error:
+                lost = lost or error
             except LockSuspectError as error:
                 suspect = suspect or error
+        if lost is not None:
+            raise lost
         if suspect is not None:
             raise suspect
 
