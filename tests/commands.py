@@ -91,7 +91,7 @@ sys.exit(main())
 @contextlib.contextmanager
 def command_server() -> Iterator[None]:
     """For as long as this lasts, `orchard_infra` forks its commands where that is the same."""
-    modules = ("status", "stop", "clean", "doctor.command")
+    modules = ("status", "history", "stop", "clean", "doctor.command")
     with ForkServer("rich.console", *(f"orchard_infra.cli.{name}" for name in modules)) as server:
         _server.append(server)
         try:
@@ -220,9 +220,9 @@ def plant(runtime_directory: Path, **fields: Any) -> Path:
     return path
 
 
-def fields_in_docs(heading: str) -> dict[str, str]:
-    """The table of JSON fields below a heading of docs/cli.md: name and type of each."""
-    text = (ROOT / "docs" / "cli.md").read_text("utf-8")
+def fields_in_docs(heading: str, page: str = "cli.md") -> dict[str, str]:
+    """The table of JSON fields below a heading of a page: name and type of each."""
+    text = (ROOT / "docs" / page).read_text("utf-8")
     section = text.split(f"\n{heading}\n", 1)[1].split("\n#", 1)[0]
     return dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", section, re.MULTILINE))
 
@@ -237,9 +237,9 @@ _CHECKS = {
 }
 
 
-def assert_documented(found: Mapping[str, Any], heading: str) -> None:
+def assert_documented(found: Mapping[str, Any], heading: str, page: str = "cli.md") -> None:
     """Each field is in the docs, has a type that is there, and none is missing."""
-    documented = fields_in_docs(heading)
+    documented = fields_in_docs(heading, page)
     assert list(found) == list(documented)
     for name, value in found.items():
         kinds = documented[name].split(" or ")

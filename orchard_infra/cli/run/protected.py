@@ -23,6 +23,7 @@ from orchard_infra.environment import Environment
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
 from orchard_infra.launch import this_launch
 from orchard_infra.locks.file import FileLock
+from orchard_infra.report import Finding, SanitizeReport
 from orchard_infra.runs.record import RunRecord, Survivor
 from orchard_infra.session import Session
 from orchard_infra.system import files
@@ -168,6 +169,13 @@ class ProtectedCommand:
         reaper = Reaper(supervisor, tell, self.grace, self.stop_grace, bystanders.describe)
         leftovers = reaper.survey(left) if self.keep_background else reaper.clear(left)
         self.report["leftovers"] = [attrs.asdict(leftover) for leftover in leftovers]
+        env.report.leftovers = SanitizeReport(
+            **{
+                fate: tuple(Finding(one.pid, 0.0, one.command, "leftover") for one in those)
+                for fate, name in (("stopped", "stopped"), ("killed", "killed"), ("spared", "left"))
+                if (those := [one for one in leftovers if one.fate == name])
+            }
+        )
 
     def _conclude(self, outcome: str, message: str | None) -> None:
         self.report["outcome"] = outcome
