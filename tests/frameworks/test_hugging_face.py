@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from endings import EXAMPLES, end, example
 from forking import ForkedScript, ForkServer
 from support import run_command, wait_gone
+from trainings import EXAMPLES, end, example
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 

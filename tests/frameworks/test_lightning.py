@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from endings import EXAMPLES, end, example
 from forking import ForkedScript, ForkServer
 from support import wait_gone
+from trainings import EXAMPLES, end, example
 
 server: ForkServer
 
