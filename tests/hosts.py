@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 import pytest
 
+import slow_cable
 from servers import PATH, call, program
 from support import TEST_MARK, Script, _free_log, environment, wait_until, written
 
@@ -275,9 +276,38 @@ class Network:
         for host in self.hosts:
             host._batch("nft", "add table inet cables", "delete table inet cables")
 
+    def delay(self, one: Host, other: Host, seconds: float) -> contextlib.ExitStack:
+        """Have every packet between two hosts take so many seconds longer, each way, until what is
+        returned is closed.
+        """
+        names = [f"slow-{host.name}"[:15] for host in (other, one)]
+        stack = contextlib.ExitStack()
+        owner = os.pidfd_open(os.getpid())
+        stack.callback(os.close, owner)
+        cable = subprocess.Popen(
+            [
+                *(*one.enter_network, sys.executable, "-I", "-S", slow_cable.__file__),
+                *(str(owner), str(seconds), *names, *other.enter_network),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            pass_fds=(owner,),
+            env={**os.environ, "PATH": PATH},
+        )
+        stack.enter_context(cable)
+        stack.callback(cable.kill)
+        assert cable.stdout is not None
+        assert cable.stdout.readline() == b"ready\n"
+        for host, peer, name in ((one, other, names[0]), (other, one, names[1])):
+            route = f"route replace {peer.address} src {host.address} dev"
+            host._batch("ip", f"link set {name} up", f"{route} {name}")
+            stack.callback(host._batch, "ip", f"{route} {_interface(peer)}")
+        self._stack.callback(stack.close)
+        return stack
+
     def _connect(self, one: Host, other: Host) -> None:
         # No switch is needed where each host has an interface for each other one.
-        names = [f"to-{host.name}"[:15] for host in (other, one)]
+        names = [_interface(host) for host in (other, one)]
         one._batch("ip", f"link add {names[0]} type veth peer name {names[1]} netns {other._init}")
         for host, peer, name in ((one, other, names[0]), (other, one, names[1])):
             host._batch(
@@ -285,6 +315,11 @@ class Network:
                 f"address add {host.address} peer {peer.address} dev {name}",
                 f"link set {name} up",
             )
+
+
+def _interface(peer: Host) -> str:
+    """The name that the interface to this host has on another one; 15 characters at most."""
+    return f"to-{peer.name}"[:15]
 
 
 def _drop(at: Host, sender: Host) -> None:

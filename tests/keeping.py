@@ -20,7 +20,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 
 def processes_in(directory: str) -> list[int]:
@@ -39,15 +38,22 @@ def processes_in(directory: str) -> list[int]:
 
 
 def kill_in(directory: str, patience: float = 10.0) -> None:
-    """Kill what works in ``directory``, and wait for its end."""
-    deadline = time.monotonic() + patience
-    while (pids := processes_in(directory)) and time.monotonic() < deadline:
+    """Kill what works in ``directory``, and wait for its end, ``patience`` seconds for each."""
+    # More than once, because what is being killed may be forking.
+    while pids := processes_in(directory):
+        pidfds = []
         for pid in pids:
             try:
-                os.kill(pid, signal.SIGKILL)
+                pidfds.append(os.pidfd_open(pid))
+                signal.pidfd_send_signal(pidfds[-1], signal.SIGKILL)
             except OSError:
                 pass
-        time.sleep(0.005)
+        # One that is ending has no working directory any more, but may still have its socket.
+        ended = [select.select([pidfd], [], [], patience)[0] for pidfd in pidfds]
+        for pidfd in pidfds:
+            os.close(pidfd)
+        if not all(ended):
+            return
 
 
 def clean_up(directory: str) -> None:
@@ -80,7 +86,6 @@ def _serve(owner: int, directory: str) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     poll.register(0, select.POLLIN)
-    commands = open(0, "rb", buffering=0)  # a buffer would hide a second line from poll(2)
     children: list[subprocess.Popen[bytes]] = []
     while True:
         ready = [descriptor for descriptor, _ in poll.poll(1000)]
@@ -89,7 +94,7 @@ def _serve(owner: int, directory: str) -> None:
             clean_up(directory)
             return
         if 0 in ready:
-            line = commands.readline()
+            line = os.read(0, 65536)  # one command: the owner waits for each answer
             if not line:  # closed, but a forked child of the owner might still count on us
                 poll.unregister(0)
                 continue

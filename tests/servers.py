@@ -24,7 +24,6 @@ import json
 import os
 import random
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -42,7 +41,7 @@ import psutil
 import pytest
 
 import keeping
-from support import TEST_MARK, wait_until
+from support import TEST_MARK, wait_gone, wait_until
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -271,20 +270,14 @@ class _Server(ABC):
     _stop_signal: ClassVar[str]
 
     def _signal_and_wait(self, number: signal.Signals) -> None:
-        try:
-            pidfd = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            pidfd = None
-        if pidfd is not None:
-            try:
-                signal.pidfd_send_signal(pidfd, number)
-                select.select([pidfd], [], [], 10.0)
-            except ProcessLookupError:
-                pass
-            finally:
-                os.close(pidfd)
-        # A child that is stopped, or about to notice that its parent has gone.
+        pids = self.processes
+        if self.pid in pids:
+            os.kill(self.pid, number)
+            with contextlib.suppress(AssertionError):
+                wait_gone([self.pid], timeout=10.0)
+        # A child that is paused, or is about to notice that its parent has gone.
         keeping.kill_in(str(self.directory))
+        wait_gone(pids)
 
     def _entering(self) -> list[str]:
         return [] if self.host is None else self.host.enter_network

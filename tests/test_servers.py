@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,6 +226,34 @@ def test_a_cut_cable_loses_packets_silently_in_the_directions_asked_for(network:
     }
     assert heard[beta] == ["heard second", "heard last"]
     assert heard[alpha] == ["heard first", "heard last"]
+
+
+def test_a_slow_cable_takes_its_time_and_keeps_the_order(network: Network) -> None:
+    _, alpha, beta = network.hosts
+    talkers = {host: host.run_python(TALKER) for host in (alpha, beta)}
+    for talker in talkers.values():
+        talker.wait_for("ready")
+
+    def time_for(word: str) -> float:
+        began = time.monotonic()
+        talkers[alpha].tell(f"{beta.address} {word}")
+        talkers[beta].wait_for(f"heard {word}")
+        return time.monotonic() - began
+
+    with network.delay(alpha, beta, 0.3):
+        assert time_for("slow") >= 0.3
+        network.cut(alpha, beta, "to")
+        for word in ("lost", "too"):
+            talkers[alpha].tell(f"{beta.address} {word}")
+            talkers[alpha].wait_for(f"said {word}")
+        for word in ("one", "two"):
+            talkers[beta].tell(f"{alpha.address} {word}")
+        talkers[alpha].wait_for("heard two")  # by then the others have arrived, too
+        assert "heard one\nheard two" in talkers[alpha].output
+        network.heal()
+    words = (f"word-{number}" for number in itertools.count())
+    wait_until(lambda: time_for(next(words)) < 0.3)
+    assert "lost" not in talkers[beta].output
 
 
 def test_a_server_on_a_host_is_reached_from_the_others(network: Network) -> None:
