@@ -1,44 +1,92 @@
-"""How a training of a framework is ended, and what was then seen.
-
-script = example(server, tmp_path, "lightning_train.py", "--steps", "100000000")
-script.wait_for("is in training")
-end(script, "Ctrl-C")
-assert script.finish() == 0
-"""
+"""The ways in which a program can end, made to happen to programs that use real frameworks."""
 
 from __future__ import annotations
 
 import os
 import signal
+import textwrap
 from pathlib import Path
 
-from forking import ForkedScript, ForkServer
-from support import Script
+import psutil
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "frameworks"
-# The example itself, as the leader of a process group, as a shell would have started it.
-_AS_MAIN = """
-import os, runpy, sys
-os.setpgid(0, 0)
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-_SIGNALS = {
-    "Ctrl-C": (os.killpg, signal.SIGINT),  # a terminal signals the whole group
-    "SIGTERM": (os.kill, signal.SIGTERM),
-    "SIGTERM to the group": (os.killpg, signal.SIGTERM),
-    "kill -9": (os.kill, signal.SIGKILL),
+from support import Script, run_python, wait_gone, wait_until
+
+ENDINGS = ("normal end", "exception", "Ctrl-C", "SIGTERM", "SIGTERM to the group", "kill -9")
+
+# What a program with an environment exits with, unless a framework has its own way.
+STATUS = {
+    "normal end": 0,
+    "exception": 1,
+    "Ctrl-C": -signal.SIGINT,
+    "SIGTERM": 128 + signal.SIGTERM,
+    "SIGTERM to the group": 128 + signal.SIGTERM,
+    "kill -9": -signal.SIGKILL,
 }
 
+BEGIN = """
+import contextlib, os, signal, sys, time
+from types import SimpleNamespace
+from orchard_infra import (
+    EnvironmentConfig, InfrastructureManager, SignalStop, current_environments, managed_environment
+)
 
-def example(
-    server: ForkServer, tmp_path: Path, name: str, *arguments: str, runs_as: str = "main.py"
-) -> ForkedScript:
-    """Start an example, in a process group of its own."""
-    return server.run_python(tmp_path, _AS_MAIN, str(EXAMPLES / name), *arguments, name=runs_as)
+def protected(name="digits"):
+    allowed = os.environ.get("KILL") != "no"
+    return managed_environment(EnvironmentConfig(name, allow_process_kill=allowed))
+
+def wait_for_the_end():
+    print("ready", flush=True)
+    if input() == "fail":
+        raise ValueError("the body failed")
+
+"""
 
 
-def end(script: Script, how: str) -> None:
-    """End it by a signal. It leads a process group."""
-    send, signum = _SIGNALS[how]
-    send(script.pid, signum)
+def start(tmp_path: Path, source: str, *arguments: str, **environ: str) -> Script:
+    """A program that begins with ``BEGIN``, in a process group of its own."""
+    source = BEGIN + textwrap.dedent(source)
+    return run_python(tmp_path, source, *arguments, env=environ, start_new_session=True)
+
+
+def end(script: Script, ending: str, ready: str = "ready") -> list[int]:
+    """Wait until the program is ready, and end it. What it had started, and is still there then."""
+    script.wait_for(ready)
+    started = psutil.Process(script.pid).children(recursive=True)
+    if ending == "normal end":
+        script.tell("end")
+    elif ending == "exception":
+        script.tell("fail")
+    elif ending == "Ctrl-C":  # a terminal sends it to the whole group
+        os.killpg(script.pid, signal.SIGINT)
+    elif ending == "SIGTERM":
+        script.terminate()
+    elif ending == "SIGTERM to the group":
+        os.killpg(script.pid, signal.SIGTERM)
+    else:
+        script.kill()
+    script.finish()
+    return [process.pid for process in started if process.is_running()]
+
+
+def is_released(script: Script, runtime_directory: Path, ending: str) -> bool:
+    """Whether the lock is as ``ending`` leaves it: there after kill -9 alone, for the next run."""
+    locks = [*runtime_directory.glob("locks/*.lock")]
+    assert bool(locks) == (ending == "kill -9"), script.transcript()
+    return True
+
+
+def runs_again(script: Script, runtime_directory: Path) -> bool:
+    """Whether ``script``, a second start of the program, runs to its normal end."""
+    script.wait_for("ready")
+    script.tell("end")
+    assert script.finish() == 0, script.transcript()
+    wait_until(
+        lambda: not [*runtime_directory.glob("locks/*.lock")], what="the lock to be released"
+    )
+    return True
+
+
+def all_gone(pids: list[int]) -> bool:
+    """Whether these end by themselves."""
+    wait_gone(pids)
+    return True
