@@ -233,12 +233,13 @@ class Environment:
         """
         if self._lost is not None:
             raise self._lost
+        if self.run.fence is not None:  # also in a forked child, which cannot ask a server
+            return self.run.fence
         if self._lease is not None:
             fence = self._lease.fence
-            if self.run.fence != fence:
-                self.put_on_record(fence=fence)
+            self.put_on_record(fence=fence)
             return fence
-        found = self.run.fence if self._find_fence is None else self._find_fence()
+        found = None if self._find_fence is None else self._find_fence()
         if found is None:
             raise InfrastructureError(
                 f"project {self.run.project} has no fence here: this process does not hold its "
@@ -264,7 +265,7 @@ class Environment:
             InfrastructureError: There is no fence, see `fence`.
         """
         plain = Path(path)
-        if not plain.name:
+        if plain.name in ("", ".."):
             raise InfrastructureError(f"{os.fspath(path)!r} names no file that could get a fence")
         return plain.with_name(f"{plain.stem}.{self.fence:016d}{plain.suffix}")
 

@@ -65,8 +65,9 @@ def _lock(fd: int, path: str) -> None:
 
 
 def _parse(data: bytes, path: str) -> int:
-    text = data.strip()
-    # Empty: made just now, or by a run that was killed before it had written.
+    # Empty: made just now, or by a run that was killed before it had written. A power loss leaves
+    # zeros.
+    text = data.strip(b" \t\r\n\0")
     if text and not (text.isdigit() and len(text) < _DIGITS and int(text) < _GREATEST):
         raise InfrastructureError(
             f"{path} is no counter of runs: it holds {data[:40]!r}. Move it away, or use another "

@@ -178,7 +178,7 @@ class FileLease:
     _file: tuple[int, int] = attrs.field(default=(0, 0), init=False)  # device and inode
     _stays: bool = attrs.field(default=False, init=False)  # the file does, after the release
     _pid: int = attrs.field(default=0, init=False)  # 0: it never held anything
-    _fence: int = attrs.field(default=0, init=False)  # 0: not drawn yet
+    _fences: list[int] = attrs.field(factory=list, init=False)  # the first that was drawn counts
 
     def __copy__(self) -> FileLease:
         return self
@@ -218,12 +218,19 @@ class FileLease:
 
         Raises:
             LockLostError: The lock is lost.
-            InfrastructureError: The counter cannot be used.
+            InfrastructureError: The counter cannot be used; or this is a forked child, and its
+                parent had not asked before.
         """
-        if self._fence == 0:
+        if not self._fences:
             self.verify()  # one who draws after a loss would be ahead of its successor
-            self._fence = counter.draw(f"{self.path}.fence")
-        return self._fence
+            if os.getpid() != self._pid:
+                raise InfrastructureError(
+                    "the fence of this run is not known in a forked child, which must not draw "
+                    "another one: ask for env.fence before the process is forked"
+                )
+            # Two threads may draw at the same time: an append is atomic, and both get the first.
+            self._fences.append(counter.draw(f"{self.path}.fence"))
+        return self._fences[0]
 
     def renew(self) -> None:
         """See `Lease.renew`. A new modification time keeps cleaners of old files away."""
