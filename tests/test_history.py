@@ -28,6 +28,7 @@ from orchard_infra.report import Report
 from orchard_infra.runs import history
 from orchard_infra.runs.record import RunRecord, RunState, clip, describe_this_run
 from orchard_infra.runs.registry import RunRegistry
+from orchard_infra.system.flock import lock_descriptor
 from support import run_python, wait_until
 
 PLAIN = InfrastructureManager(sanitizer=None, flusher=None, cleaner=None, stopper=None)
@@ -260,6 +261,23 @@ def test_writers_at_the_same_time_lose_nothing_that_there_is_room_for(tmp_path, 
         assert turns == list(range(each))[each - len(turns) :]
 
 
+def test_who_finds_the_file_full_too_late_moves_nothing(tmp_path):
+    # By hand: between two writers this is a matter of microseconds.
+    path, older = tmp_path / history.NAME, tmp_path / history.OLDER_NAME
+    path.write_text("full")
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    first = os.open(path, os.O_WRONLY | os.O_APPEND)
+    lock_descriptor(first)
+    assert not history._make_room(str(tmp_path), str(path), fd)  # the first one is about to
+    assert path.read_text() == "full"
+    path.rename(older)
+    path.write_text("new")
+    os.close(first)
+    assert history._make_room(str(tmp_path), str(path), fd)  # it is where it belongs already
+    os.close(fd)
+    assert (older.read_text(), path.read_text()) == ("full", "new")
+
+
 def test_a_line_is_short_whatever_the_run_is_called(tmp_path):
     long = record(
         argv=clip("\U0001f4a5" * 300 for _ in range(13)),
@@ -269,11 +287,12 @@ def test_a_line_is_short_whatever_the_run_is_called(tmp_path):
         lock="/" + "l" * 4000,
     )
     note(tmp_path, long)
-    note(tmp_path, record(argv=("python", "x" * 3900)))
+    note(tmp_path, record(argv=("python", "x" * 3900), cwd="/" + "y" * 500))
     first, second = history.read(str(tmp_path))
     assert max(len(first), len(second)) < history.LINE_LIMIT
     assert json.loads(first)["run_id"] == long.run_id
     assert json.loads(second)["argv"][0] == "python"
+    assert json.loads(second)["cwd"] == "/" + "y" * 500  # cut only where that is not enough
 
 
 def test_a_torn_line_costs_only_itself(runtime_directory):
