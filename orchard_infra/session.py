@@ -46,6 +46,7 @@ from orchard_infra.runs.record import (
     describe_this_run,
 )
 from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
+from orchard_infra.stopping.signals import stop_error
 from orchard_infra.system import background, processes, reserve
 from orchard_infra.system.background import Task
 from orchard_infra.system.exported import export
@@ -167,9 +168,10 @@ class Session:
             name = describe_lock(self.locker, self._key)
             job = Job(self.launch, env.run, self._key, name, registry, self.logger)
             if env.is_leader:
-                yield from self._take_lock(self.locker, job)
+                steps = self._take_lock(self.locker, job)
             else:
-                yield from job.follow(self.locker, self.timeout)
+                steps = job.follow(self.locker, self.timeout)
+            yield from self._until_stopped(steps)
         registration.update(env.run, RunState.RUNNING)
         with uninterrupted():
             task = Task(lambda: None, time.monotonic() + self._interval)
@@ -185,6 +187,19 @@ class Session:
         if strategy is not None:
             is_foreign = not type(strategy).__module__.startswith("orchard_infra.")
             self._exits.enter(name, strategy.around(self.env), is_foreign=is_foreign)
+
+    def _until_stopped(
+        self, steps: Generator[Pause, None, None]
+    ) -> Generator[Pause, None, None]:
+        """Wait no longer once a signal has asked the run to stop. One that has not begun sees no
+        flag, and has nothing to save.
+        """
+        with contextlib.closing(steps):
+            for pause in steps:
+                request = self.env.stop_requested
+                if request is not None and request.signal is not None:
+                    raise stop_error(request.signal)
+                yield pause
 
     def _take_lock(self, lock: Lock, job: Job) -> Generator[Pause, None, None]:
         env = self.env

@@ -57,6 +57,11 @@ class RunStopped(SystemExit):
         return type(self), (self.signum,)
 
 
+def stop_error(signum: int) -> BaseException:
+    """What a run is left with when this signal has asked it to stop."""
+    return KeyboardInterrupt() if signum == signal.SIGINT else RunStopped(signum)
+
+
 def _to_signals(signals: Iterable[int]) -> tuple[Signals, ...]:
     return tuple(Signals(signum) for signum in signals)
 
@@ -79,7 +84,8 @@ class SignalStop:
     rank of a job, see below.
     ``mode="flag"`` only sets ``env.stop_requested`` at the first signal or Ctrl-C. It raises at
     the second one, or when ``deadline`` seconds have passed: `RunStopped`, or `KeyboardInterrupt`
-    for Ctrl-C.
+    for Ctrl-C. A run that still waits for its lock has no loop that would see the flag: there the
+    first one raises.
 
     ``signals`` are those that ask to stop; add SIGUSR1 or SIGUSR2 where a scheduler warns with
     them. A signal that arrives while a `RunStopped` is under way, or during the release, waits for
@@ -369,7 +375,7 @@ class SignalWatch(Takeover):
         self._heed(signum, watches)
         self._pools.due = time.monotonic() + pool_locks.PATIENCE
         background.wake()
-        error = KeyboardInterrupt() if signum == signal.SIGINT else RunStopped(signum)
+        error = stop_error(signum)
         under_way = weakref.ref(error) if isinstance(error, RunStopped) else lambda: None
         for watch in watches:
             watch._under_way = under_way

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from forking import ForkServer
+from orchard_infra import InfrastructureManager, RunRegistry, managed_environment
 from support import Script, is_running, require_module, run_python, wait_gone, wait_until
 
 server: ForkServer
@@ -115,6 +116,33 @@ def test_in_flag_mode_the_loop_ends_by_itself(tmp_path):
     run.wait_for("flag SIGTERM True True")
     assert run.finish() == 0
     assert ended_well(run)
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, -2)], ids=["SIGTERM", "Ctrl-C"]
+)
+def test_in_flag_mode_the_first_signal_ends_a_wait_for_the_lock(tmp_path, signum, status):
+    """There is no loop yet that could see a flag, and nothing to save."""
+    with managed_environment("digits", manager=InfrastructureManager(stopper=None)) as env:
+        waiting = server.run_python(
+            tmp_path,
+            """
+            import logging, os, sys
+            os.environ.pop("ORCHARD_INFRA_RUN_ID")  # else it joins the run that started it
+            from orchard_infra import InfrastructureManager, SignalStop, managed_environment
+
+            logging.basicConfig(level="INFO", stream=sys.stdout)
+            manager = InfrastructureManager(stopper=SignalStop(mode="flag"))
+            with managed_environment("digits", manager=manager, timeout=None):
+                print("entered", flush=True)
+            """,
+        )
+        waiting.wait_for("waiting for the lock")
+        waiting.send_signal(signum)
+        assert waiting.finish() == status, waiting.transcript()
+        assert "entered" not in waiting.output
+        env.verify()
+    assert [run for run in RunRegistry().runs() if run.record.pid == waiting.pid] == []
 
 
 def test_in_flag_mode_a_second_signal_raises(tmp_path):
