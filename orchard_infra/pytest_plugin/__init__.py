@@ -85,10 +85,9 @@ def managed_environment_factory(
             **waits,
         )
 
-    before = current_environments()
     yield make
     for env in reversed(current_environments()):
-        if env not in before:
+        if tmp_path in env.lock_path.parents:  # else it is another thread's
             env.close()
 
 

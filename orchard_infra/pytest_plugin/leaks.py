@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,6 +56,7 @@ VARIABLE = "ORCHARD_INFRA_TEST"  # what a test starts has it in its environment
 _SETTLE = 0.5  # seconds for what is just ending
 _GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 _POLL = 0.01
+_COMMAND = 200  # characters of a command line
 
 _Fixture: TypeAlias = "pytest.FixtureDef[Any]"
 _Tensors: TypeAlias = "dict[tuple[str, int], int]"
@@ -121,7 +123,10 @@ class LeakWatch:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
-        self._begin(item)
+        try:
+            self._begin(item)
+        except OSError:  # no descriptors left: what they were needed for fails by itself
+            self._test = None
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
@@ -165,17 +170,12 @@ class LeakWatch:
             item.warn(InfraLeakWarning(text))
         return result
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self) -> Generator[None, None, None]:
-        """After a Ctrl-C fixtures are torn down only now."""
-        try:
-            return (yield)
-        finally:
-            text = self._end()
-            if text:
-                import warnings
-
-                warnings.warn(InfraLeakWarning(text), stacklevel=1)
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """After a Ctrl-C fixtures are torn down only now, by pytest's own hook."""
+        text = self._end()
+        if text:
+            warnings.warn(InfraLeakWarning(text), stacklevel=1)
 
     def _begin(self, item: pytest.Item) -> None:
         self._makings.entries.clear()
@@ -197,6 +197,12 @@ class LeakWatch:
 
     def _end(self) -> str:
         """Look, judge, and clear away; what there is to say, or nothing."""
+        try:
+            return self._found()
+        except OSError as error:
+            return f"cannot look for what was left behind: {error}"
+
+    def _found(self) -> str:
         test, finished = self._test, self._finished
         self._test, self._finished = None, []
         parts = []
@@ -238,7 +244,7 @@ class LeakWatch:
             new.children
             or new.files
             or made.made
-            or _grown(test.bytes_before)
+            or _changed(test.bytes_before)
             or (not self._has_other_threads(test) and _orphans(test))
         )
 
@@ -249,7 +255,7 @@ class LeakWatch:
         return bool(test.threads.python - self._harmless_threads)
 
     def _new_tensors(self) -> _Tensors:
-        if not _grown(self._bytes_of_tensors):
+        if not _changed(self._bytes_of_tensors):
             return {}
         return {key: size for key, size in tensors_now().items() if key not in self._tensors}
 
@@ -295,8 +301,10 @@ class _Judge:
             if identity not in started and not self._is_of_another(identity, started)
         }
         is_alone = not self.watch._has_other_threads(test)
-        if test.threads.python - Threads.now().python - self.watch._harmless_threads:
-            # The kernel gives the children of a thread that ends to another one.
+        has_ended = test.threads.python - Threads.now().python - self.watch._harmless_threads
+        if has_ended or not (is_alone or test.threads.tasks):
+            # The kernel gives the children of a thread that ends to another one; and where it has
+            # no list for each thread, nobody knows who has started what.
             made.look.children = set()
         if is_alone:
             made.orphans = _orphans(test)
@@ -310,7 +318,7 @@ class _Judge:
             if is_alone or file.name.startswith("/")
         }
         made.made = [m for m in made.made if m.thread not in test.threads.idents]
-        if _grown(test.bytes_before):
+        if _changed(test.bytes_before):
             made.tensors = self.watch._new_tensors()
         return leaks + list(self._others(made))
 
@@ -370,7 +378,7 @@ class _Judge:
         for identity, command in commands.items():
             end = became.get(identity, "not stopped")
             if end:  # else it has ended by itself just now
-                yield Leak(f"process {identity.pid}: {command}", end)
+                yield Leak(f"process {identity.pid}: {command[:_COMMAND]}", end)
 
     def _is_spared(self, pid: int) -> bool:
         identity = processes.identity_of(pid)
@@ -404,9 +412,8 @@ class _Judge:
             *self._reach_of_item().descriptors,
             *_descriptors_of_helpers(),
         }
-        texts = self._reach().texts
         for fd, file in sorted(holdings.look.files.items()):
-            if fd not in kept and file.name not in texts and not self.watch.is_ignored(file.name):
+            if fd not in kept and not self.watch.is_ignored(file.name):
                 yield Leak(f"file descriptor {fd}: {file.name}", "left open")
 
     def _made(self, made: Iterable[Made]) -> Iterator[Leak]:
@@ -482,8 +489,11 @@ def _orphans(test: _Test) -> set[ProcessIdentity]:
     return found
 
 
-def _grown(before: dict[str, int]) -> bool:
-    return any(size > before.get(device, 0) for device, size in allocated().items())
+def _changed(before: dict[str, int]) -> bool:
+    """Whether it is worth while to look at tensors. What grew may be a workspace, and what shrank
+    may hide a leak, when the model of a fixture was freed.
+    """
+    return allocated() != before
 
 
 def _reap() -> None:
