@@ -17,7 +17,17 @@ URL_VARIABLE = "ORCHARD_INFRA_LOCK_URL"
 POSTGRES_SCHEMES = ("postgresql", "postgres")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 
-_SECRET = re.compile(r"(?i)\b((?:[a-z]*password|passwd|secret|token)\s*=\s*)('[^']*'|[^\s&;]+)")
+# A name, a colon and a password before the host. "@", "/" and "?" should be escaped in a password.
+# Where they are not, an error quotes it, so everything up to the last "@" is taken for it.
+# A port is none: what follows it has no "@", but for that of a query.
+_IN_ADDRESS = re.compile(r"(?<=://)([^/\s@:]*):(?!\d+(?:[,\s]|/[^@\s?]*(?:[?\s]|$)|$))\S*@")
+# As libpq and redis-py have it, in the query of an address or in a list, with quotes or without.
+_SETTING = re.compile(
+    r"(\b\w*(?:password|passwd|secret|token)\s*=\s*)('(?:\\.|[^'\\])*(?:'|$)|(?:\\.|[^\s&])+)",
+    re.DOTALL | re.IGNORECASE,
+)
+
+_SETTINGS = re.compile(r"\s*\w+\s*=")  # of libpq: host=db dbname=locks, service=locks ...
 
 
 def find_url(url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> str:
@@ -56,7 +66,7 @@ def lock_from_url(url: str | None = None, *, timeout: float | None = 0.0) -> Ser
     """
     found = find_url(url)
     scheme = found.partition(":")[0].lower()
-    if scheme in POSTGRES_SCHEMES:
+    if scheme in POSTGRES_SCHEMES or _SETTINGS.match(found):
         from orchard_infra.locks.postgres import PostgresLock
 
         return PostgresLock(found, timeout=timeout)
@@ -64,8 +74,10 @@ def lock_from_url(url: str | None = None, *, timeout: float | None = 0.0) -> Ser
         from orchard_infra.locks.redis import RedisLock
 
         return RedisLock(found, timeout=timeout)
+    # A text without a scheme is not quoted: it may be a password that went astray.
+    given = f", and not with {scheme[:20]}://" if "://" in found else ""
     raise ConfigurationError(
-        f"the lock's URL {redacted(found)!r} should begin with postgresql://, redis:// or rediss://"
+        f"the lock's URL should begin with postgresql://, redis:// or rediss://{given}"
     )
 
 
@@ -77,8 +89,7 @@ def redacted(text: str) -> str:
     >>> redacted("host=db user=ada password='my secret'")
     'host=db user=ada password=***'
     """
-    text = re.sub(r"(?<=://)([^/\s@:]*):[^\s/]*@", r"\1:***@", text)
-    return _SECRET.sub(r"\1***", text)
+    return _SETTING.sub(r"\1***", _IN_ADDRESS.sub(r"\1:***@", text))
 
 
 def shown(url: str) -> str:
@@ -88,7 +99,7 @@ def shown(url: str) -> str:
     'rediss://cache.example:6380/1'
     """
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(redacted(_without_blanks(url)))
     except ValueError:
         return "a server whose URL cannot be read"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -96,4 +107,10 @@ def shown(url: str) -> str:
 
 def has_password(url: str) -> bool:
     """Whether an address carries a password, which has no place in an argument."""
+    url = _without_blanks(url)
     return redacted(url) != url
+
+
+def _without_blanks(url: str) -> str:
+    """An address without the blanks that would end it within a text."""
+    return re.sub(r"\s", "_", url) if "://" in url else url
