@@ -456,7 +456,8 @@ td span { overflow-wrap: anywhere; }
 td.name { font-weight: 600; min-width: 90px; } td.number { white-space: nowrap; }
 td.code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace;
   font-size: 12px; min-width: 150px; }
-td.how span { display: inline-block; white-space: nowrap; border-left: 9px solid; padding-left: 7px; }
+td.how span { display: inline-block; white-space: nowrap; padding-left: 7px;
+  border-left: 9px solid; }
 .normal-how span { border-color: var(--normal) !important; }
 .failed-how span { border-color: var(--failed) !important; }
 .asked-how span { border-color: var(--asked) !important; }
