@@ -171,10 +171,12 @@ class RedisLock:
             ConfigurationError: redis-py is not installed, or the URL is not understood.
         """
         url = find_url(self.url)
-        if url.partition(":")[0].lower() not in REDIS_SCHEMES:
+        scheme = url.partition(":")[0].lower()
+        if scheme not in REDIS_SCHEMES:
+            # A text without a scheme is not quoted: it may be a password that went astray.
+            given = f", and not with {scheme[:20]}://" if "://" in url else ""
             raise ConfigurationError(
-                "the URL of a RedisLock should begin with redis://, rediss:// or unix://, and not "
-                f"with {url.partition(':')[0][:20]!r}"
+                "the URL of a RedisLock should begin with redis://, rediss:// or unix://" + given
             )
         if importlib.util.find_spec("redis") is None:
             raise ConfigurationError(
