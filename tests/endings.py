@@ -24,7 +24,7 @@ STATUS = {
 }
 
 BEGIN = """
-import contextlib, os, signal, sys, time
+import contextlib, os, select, signal, sys, time
 from types import SimpleNamespace
 from orchard_infra import (
     EnvironmentConfig, InfrastructureManager, SignalStop, current_environments, managed_environment
@@ -36,6 +36,9 @@ def protected(name="digits"):
 
 def wait_for_the_end():
     print("ready", flush=True)
+    # Not by input(): a Ctrl-C right before it blocks would wait with it.
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        pass
     if input() == "fail":
         raise ValueError("the body failed")
 

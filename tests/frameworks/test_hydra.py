@@ -133,7 +133,8 @@ JOBLIB = """
     def train(cfg):
         with protected(f"job-{cfg.a}"):
             print("ready", flush=True)
-            time.sleep(1000)
+            while True:
+                time.sleep(0.05)
 
     if os.environ["SIDE"] == "both":
         train = protected("sweep")(train)
