@@ -3,8 +3,8 @@
     python -I -S keeping.py OWNER_PID DIRECTORY
 
 Each line on stdin is a command as a JSON list. It is started in DIRECTORY with its output in
-DIRECTORY/log, and its pid is the answer. When the owner ends, however that comes about, every
-process that works in DIRECTORY is killed, and DIRECTORY is removed.
+DIRECTORY/log, and its pid is the answer. After the line "null", or when the owner ends, however
+that comes about, every process that works in DIRECTORY is killed, and DIRECTORY is removed.
 
 The servers are children of this process and not of the owner, because the tests stop every child
 that a test leaves, and a server is shared by a whole session. Only the standard library is used,
@@ -90,14 +90,21 @@ def _serve(owner: int, directory: str) -> None:
     while True:
         ready = [descriptor for descriptor, _ in poll.poll(1000)]
         children = [child for child in children if child.poll() is None]
-        if pidfd in ready:
-            clean_up(directory)
-            return
+        line = b""
         if 0 in ready:
             line = os.read(0, 65536)  # one command: the owner waits for each answer
-            if not line:  # closed, but a forked child of the owner might still count on us
+            if not line:  # the owner is ending, or has closed it: its end is what counts
                 poll.unregister(0)
-                continue
+        if pidfd in ready or line.strip() == b"null":
+            # PostgreSQL leaves its directory for a moment when it starts.
+            for child in children:
+                child.kill()
+                child.wait()
+            clean_up(directory)
+            if pidfd not in ready:
+                print("gone", flush=True)
+            return
+        if line:
             with open(os.path.join(directory, "log"), "ab") as log:
                 child = subprocess.Popen(
                     json.loads(line),

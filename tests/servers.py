@@ -41,7 +41,7 @@ import psutil
 import pytest
 
 import keeping
-from support import TEST_MARK, wait_gone, wait_until
+from support import TEST_MARK, is_running, wait_gone, wait_until
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,7 +91,7 @@ class _Keeper:
         assert process.stdin is not None
         assert process.stdout is not None
         self._stdin, self._stdout = process.stdin, process.stdout
-        self._pidfd = os.pidfd_open(int(self._stdout.readline()))
+        assert self._stdout.readline(), "no watch is kept over the server"
         process.wait()
         self._owner = os.getpid()
         atexit.register(self.close)
@@ -106,10 +106,11 @@ class _Keeper:
         if os.getpid() != self._owner:  # a forked child, which inherited the atexit function
             return
         atexit.unregister(self.close)
-        keeping.clean_up(str(self.directory))
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        os.close(self._pidfd)
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.write(b"null\n")
+            self._stdin.flush()
+        if self._stdout.readline() != b"gone\n":  # somebody has killed it
+            keeping.clean_up(str(self.directory))
         self._stdin.close()
         self._stdout.close()
 
@@ -193,9 +194,11 @@ class _Server(ABC):
     @property
     def processes(self) -> list[int]:
         """The pids of the server and of all its children; the server's own is the first."""
-        return sorted(
-            keeping.processes_in(str(self.directory)), key=lambda pid: (pid != self.pid, pid)
-        )
+        pids = set(keeping.processes_in(str(self.directory)))
+        if is_running(self.pid):
+            # PostgreSQL leaves its directory for a moment when it starts.
+            pids.add(self.pid)
+        return sorted(pids, key=lambda pid: (pid != self.pid, pid))
 
     @property
     def cpu_time(self) -> float:
@@ -217,7 +220,7 @@ class _Server(ABC):
         def answers() -> bool:
             if self._answers():
                 return True
-            if not psutil.pid_exists(self.pid) or self.pid not in self.processes:
+            if not is_running(self.pid):
                 said = self.log[spoken:]
                 if "in use" in said:
                     raise AddressInUse(said)
@@ -245,13 +248,14 @@ class _Server(ABC):
         """Stop all its processes in their tracks: connections stay, nobody is answered."""
         # The server's own first: it makes no more children then.
         for pid in self.processes:
-            os.kill(pid, signal.SIGSTOP)
-        stopped = psutil.STATUS_STOPPED
-        wait_until(lambda: all(psutil.Process(pid).status() == stopped for pid in self.processes))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(_is_stopped(pid) for pid in self.processes))
 
     def resume(self) -> None:
         for pid in self.processes:
-            os.kill(pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     @abstractmethod
     def _prepare(self) -> None:
@@ -271,7 +275,7 @@ class _Server(ABC):
 
     def _signal_and_wait(self, number: signal.Signals) -> None:
         pids = self.processes
-        if self.pid in pids:
+        if is_running(self.pid):
             os.kill(self.pid, number)
             with contextlib.suppress(AssertionError):
                 wait_gone([self.pid], timeout=10.0)
@@ -588,6 +592,13 @@ def call(
     )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout.strip()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _is_open_to_all(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import sys
@@ -319,7 +320,11 @@ def _skip_unless_possible() -> None:
 
 
 def _command_lines(pids: list[int]) -> str:
-    return "\n".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in pids)
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):  # of a client that has gone
+            found.append(Path(f"/proc/{pid}/cmdline").read_text())
+    return "\n".join(found)
 
 
 def _segments() -> list[str]:
