@@ -91,7 +91,9 @@ class _Keeper:
         assert process.stdin is not None
         assert process.stdout is not None
         self._stdin, self._stdout = process.stdin, process.stdout
-        assert self._stdout.readline(), "no watch is kept over the server"
+        if not self._stdout.readline():
+            shutil.rmtree(self.directory)
+            raise AssertionError("nobody watches over the server: tests/keeping.py did not start")
         process.wait()
         self._owner = os.getpid()
         atexit.register(self.close)
