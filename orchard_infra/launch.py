@@ -166,6 +166,14 @@ _RANKS = (
         ("FLUX_JOB_SIZE",),
         (("FLUX_JOB_ID",),),
     ),
+    # submitit/local/local.py, and see below; a job of its SlurmExecutor is one of srun
+    _Ranks(
+        "submitit",
+        "SUBMITIT_LOCAL_GLOBALID",
+        ("SUBMITIT_LOCAL_LOCALID",),
+        ("SUBMITIT_LOCAL_NTASKS",),
+        (("SUBMITIT_LOCAL_JOB_ID",),),
+    ),
     # srun(1), and see below. Not SLURM_NTASKS: that is also what the batch script may start.
     # The older names of the ids are from Slurm 1 and are still set.
     _Ranks(
@@ -508,9 +516,9 @@ def _launch_of_ranks(environ: Mapping[str, str]) -> tuple[Launch, _Names]:
         if rank is None:
             continue
         world_size = _first_number(environ, found.world_size)
-        if found.launcher == "srun" and rank == 0 and (world_size or 1) == 1:
+        if found.launcher in ("srun", "submitit") and rank == 0 and (world_size or 1) == 1:
             # The batch script itself and a step of one task (an interactive shell) have
-            # SLURM_PROCID=0, too, and are no rank of anything.
+            # SLURM_PROCID=0, too, and are no rank of anything. So has each job of submitit.
             continue
         if world_size is not None and rank >= world_size:
             size = next(name for name in found.world_size if _number(environ, name) is not None)

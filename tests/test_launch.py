@@ -123,6 +123,14 @@ DISTRIBUTED = {
         {**SLURM, "SLURM_STEP_NUM_TASKS": "4"},
         (0, 0, 4, "srun"),
     ),
+    "submitit on this host": (
+        {
+            "SUBMITIT_LOCAL_GLOBALID": "1",
+            "SUBMITIT_LOCAL_LOCALID": "1",
+            "SUBMITIT_LOCAL_NTASKS": "2",
+        },
+        (1, 1, 2, "submitit"),
+    ),
     "a process that Lightning started": (
         {"LOCAL_RANK": "2", "NODE_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"},
         (2, 2, 4, "lightning"),
@@ -431,6 +439,7 @@ JOBS = [
     ({"PALS_RANKID": "1", "PALS_APID": "7-1"}, "PALS_APID=7-1"),
     ({"FLUX_TASK_RANK": "1", "FLUX_JOB_ID": "f2"}, "FLUX_JOB_ID=f2"),
     ({"JSM_NAMESPACE_RANK": "1", "LSB_JOBID": "7"}, "LSB_JOBID=7"),
+    ({"SUBMITIT_LOCAL_GLOBALID": "1", "SUBMITIT_LOCAL_JOB_ID": "7"}, "SUBMITIT_LOCAL_JOB_ID=7"),
     ({"PMI_RANK": "1", "LSB_JOBID": "7", "LSB_JOBINDEX": "2"}, "LSB_JOBID=7.2"),
     ({"RANK": "1", "RAY_JOB_ID": "01"}, "RAY_JOB_ID=01"),
     # A script has copied the rank of srun for PyTorch, and what else it knows.

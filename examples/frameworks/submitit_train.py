@@ -63,7 +63,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path("runs", "submitit", "%j")
     if options.cluster == "slurm":
-        executor = submitit.SlurmExecutor(folder)
+        executor: submitit.Executor = submitit.SlurmExecutor(folder)
         executor.update_parameters(
             time=options.timeout, signal_delay_s=options.warning, partition=options.partition
         )

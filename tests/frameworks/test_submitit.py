@@ -158,6 +158,28 @@ def test_an_error_reaches_submitit_and_the_lock_is_free(
     assert not lock(runtime_directory).exists()
 
 
+TWO_TASKS = """
+import submitit
+from orchard_infra import managed_environment
+
+def train():
+    with managed_environment("submitit") as env:
+        return env.run.rank, env.is_locked, submitit.JobEnvironment().global_rank
+
+executor = submitit.LocalExecutor("runs/submitit/%j")
+executor.update_parameters(timeout_min=60, tasks_per_node=2)
+print(executor.submit(train).results())
+"""
+
+
+def test_two_tasks_of_one_local_job_are_its_ranks_and_do_not_refuse_each_other(
+    tmp_path: Path,
+) -> None:
+    script = run_python(tmp_path, TWO_TASKS)
+    assert script.finish() == 0, script.transcript()
+    assert script.output == "[(0, True, 0), (1, False, 1)]\n"
+
+
 @pytest.fixture
 def slurm() -> Iterator[SlurmServer]:
     reason = missing()
