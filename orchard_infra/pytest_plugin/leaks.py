@@ -8,7 +8,8 @@ somebody else is worse than to miss a leak:
 * What a thread makes that was there before the test is not of the test, nor is what a process
   makes that was there.
 * What the value of a wider fixture leads to, or a global of the test's module that is unchanged,
-  is theirs: pools start workers when they are first used.
+  is theirs: pools start workers when they are first used. What a library keeps in a global of
+  its own is meant for the program: to stop the service of a tracker loses somebody's records.
 * Files are removed only if this very process has made them, see `makings`.
 * Helpers that serve others (resource trackers, forkservers) are never blamed and never stopped.
 """
@@ -44,7 +45,7 @@ from orchard_infra.pytest_plugin.looking import (
     tensors_now,
 )
 from orchard_infra.pytest_plugin.makings import SHARED_MEMORY, Made, Makings
-from orchard_infra.pytest_plugin.reach import Reached, reach
+from orchard_infra.pytest_plugin.reach import Reached, of_libraries, reach
 from orchard_infra.runs.membership import command_of
 from orchard_infra.runs.membership import is_ours as is_our_process
 from orchard_infra.system import processes
@@ -272,10 +273,6 @@ class LeakWatch:
         if test is not None:
             now = {id(one) for one in _globals_of(test.item)}
             yield from (one for one in test.globals_before if id(one) in now)
-        for name, module in list(sys.modules.items()):
-            if name.endswith("loky.reusable_executor"):
-                # joblib's one pool for the whole program, which ends by itself when it is idle.
-                yield getattr(module, "_executor", None)
 
 
 @attrs.define
@@ -285,6 +282,7 @@ class _Judge:
     watch: LeakWatch
     test: _Test | None
     _reached: Reached | None = attrs.field(default=None, init=False)
+    _library: Reached | None = attrs.field(default=None, init=False)
     _targets: set[ProcessIdentity] = attrs.field(factory=set, init=False)
 
     def of_test(self, made: Holdings) -> list[Leak]:
@@ -366,8 +364,8 @@ class _Judge:
         detached = {
             i for i in commands if i in orphans and processes.session_of(i.pid) != own_session
         }
-        if not self._reach().is_whole:
-            detached = set(commands)  # whose it is could not be found out
+        if not self._reach().is_whole or (commands and not self._reach_of_libraries().is_whole):
+            detached = set(commands)  # whose they are could not be found out
         self._targets = set(commands) - detached
         outcome = stop_processes(self._targets, grace=_GRACE, spare=self._is_spared)
         became = {
@@ -388,7 +386,9 @@ class _Judge:
         return identity in known or self._is_lasting(pid)
 
     def _is_lasting(self, pid: int) -> bool:
-        return pid in self._reach().numbers or serves(pid)
+        return (
+            serves(pid) or pid in self._reach().numbers or pid in self._reach_of_libraries().numbers
+        )
 
     def _others(self, holdings: Holdings) -> Iterator[Leak]:
         yield from self._descriptors(holdings)
@@ -410,10 +410,12 @@ class _Judge:
         kept = {
             *self._reach().descriptors,
             *self._reach_of_item().descriptors,
+            *self._reach_of_libraries().descriptors,
             *_descriptors_of_helpers(),
         }
+        now = files_now()  # again: a thread may just have closed its own
         for fd, file in sorted(holdings.look.files.items()):
-            if fd not in kept and not self.watch.is_ignored(file.name):
+            if now.get(fd) == file and fd not in kept and not self.watch.is_ignored(file.name):
                 yield Leak(f"file descriptor {fd}: {file.name}", "left open")
 
     def _made(self, made: Iterable[Made]) -> Iterator[Leak]:
@@ -421,12 +423,11 @@ class _Judge:
         for one in made:
             if not os.path.lexists(one.path) or self.watch.is_ignored(one.path):
                 continue
-            if one.path in self._reach().texts:
+            name = one.path.removeprefix(SHARED_MEMORY)
+            names = {one.path, name, f"/{name}"}
+            if names & self._reach().texts or names & self._reach_of_libraries().texts:
                 continue
             if one.is_shared_memory:
-                name = one.path.removeprefix(SHARED_MEMORY)
-                if name in self._reach().texts or f"/{name}" in self._reach().texts:
-                    continue
                 yield Leak(f"shared memory {one.path}", _remove_shared_memory(one, name))
                 continue
             if alive is None:
@@ -449,6 +450,11 @@ class _Judge:
         if self._reached is None:
             self._reached = reach(self.watch.lasting_objects(self.test))
         return self._reached
+
+    def _reach_of_libraries(self) -> Reached:
+        if self._library is None:
+            self._library = reach(of_libraries(), any_number=False)
+        return self._library
 
     def _reach_of_item(self) -> Reached:
         """What goes away by itself when pytest forgets the test, which it does right after."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gc
 import io
+import re
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,9 @@ import attrs
 _LIMIT = 1_000_000  # objects
 _LARGE = 10_000  # members: data, in which any number may be found
 _FOREIGN = frozenset(("_pytest", "pluggy", "xdist", "execnet"))  # they lead to everything
+_INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
+_HOLDERS = (io.FileIO, socket.socket, subprocess.Popen)
+_HOLDING = frozenset(("multiprocessing.connection", "selectors"))
 
 
 @attrs.define
@@ -33,8 +38,12 @@ class Reached:
     is_whole: bool = True  # False: there was too much to look at
 
 
-def reach(roots: Iterable[object]) -> Reached:
-    """Follow references from ``roots``, but not into modules, classes or pytest itself."""
+def reach(roots: Iterable[object], *, any_number: bool = True) -> Reached:
+    """Follow references from ``roots``, but not into modules, classes or pytest itself.
+
+    Without ``any_number`` only objects that stand for a process tell its number: a library has
+    tables of numbers, and in a container numbers of processes are small.
+    """
     found = Reached()
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     pending = list(roots)
@@ -46,16 +55,21 @@ def reach(roots: Iterable[object]) -> Reached:
         one = pending.pop()
         kind = type(one)
         if kind is int:
-            found.numbers.add(one)  # type: ignore[arg-type]
+            if any_number:
+                found.numbers.add(one)  # type: ignore[arg-type]
         elif kind is str:
             found.texts.add(one)  # type: ignore[arg-type]
         elif id(one) not in seen and not _leads_too_far(one):
             seen.add(id(one))
-            if isinstance(tensor, type) and isinstance(one, tensor):
+            if isinstance(tensor, type) and issubclass(kind, tensor):
                 storage = storage_of(one)
                 if storage is not None:
                     found.storages.add(storage[0])
-            found.descriptors.update(_descriptors_of(one))
+            if _holds(kind):
+                found.descriptors.update(_descriptors_of(one))
+                pid = getattr(one, "pid", None)
+                if type(pid) is int:
+                    found.numbers.add(pid)
             pending += gc.get_referents(one)
     return found
 
@@ -72,17 +86,27 @@ def storage_of(tensor: Any) -> tuple[tuple[str, int], int] | None:
 
 
 def _leads_too_far(one: object) -> bool:
+    # The class and never `isinstance`: some objects of libraries answer with a warning.
     kind = type(one)
-    if isinstance(one, (ModuleType, type)):
+    if issubclass(kind, (ModuleType, type)):
         return True
     if kind is dict and ("__builtins__" in one or "__import__" in one):  # type: ignore[operator]
         return True  # the globals of a module
     if kind in (dict, list, tuple, set, frozenset) and len(one) > _LARGE:  # type: ignore[arg-type]
         return True
-    module = getattr(kind, "__module__", None)
-    if not isinstance(module, str):
-        return False
+    module = _module_of(kind)
     return module.partition(".")[0] in _FOREIGN or module.startswith("orchard_infra.pytest_plugin")
+
+
+def _module_of(kind: type) -> str:
+    module = kind.__module__
+    return module if type(module) is str else ""
+
+
+def _holds(kind: type) -> bool:
+    """Whether an object of this class holds descriptors, or stands for a process."""
+    module = _module_of(kind)
+    return issubclass(kind, _HOLDERS) or module in _HOLDING or ".popen_" in module
 
 
 def _descriptors_of(one: object) -> Iterable[int]:
@@ -99,3 +123,17 @@ def _descriptors_of(one: object) -> Iterable[int]:
     except (OSError, ValueError, KeyError, TypeError):  # closed, or not begun
         pass
     return ()
+
+
+def of_libraries() -> Iterator[object]:
+    """The globals of every installed module. What a library keeps there is meant for the whole
+    program: the service of an experiment tracker, the pool of joblib.
+
+    Not those of the standard library: multiprocessing and subprocess list there what they have
+    started, and nobody waits for.
+    """
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        is_installed = isinstance(file, str) and _INSTALLED.search(file)
+        if is_installed and name.partition(".")[0] not in _FOREIGN:
+            yield from list(vars(module).values())
