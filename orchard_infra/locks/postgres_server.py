@@ -35,7 +35,8 @@ _FORKS = 20  # connections that are given up because this process was forked mea
 # See "PostgreSQL Error Codes".
 _PRIVILEGE = ("42501", "3F000")  # insufficient_privilege, invalid_schema_name
 _NO_TABLE = "42P01"  # undefined_table
-_CREATED_MEANWHILE = ("42P07", "23505")  # duplicate_table, unique_violation
+# duplicate_table, duplicate_object, unique_violation
+_CREATED_MEANWHILE = ("42P07", "42710", "23505")
 _READ_ONLY = "25006"  # read_only_sql_transaction
 _ROW_IS_LOCKED = "55P03"  # lock_not_available
 
@@ -178,16 +179,17 @@ def connect(
 def _connect(settings: Mapping[str, str], where: str, table: str, answer: float) -> Session:
     psycopg = import_psycopg()
     failure: InfrastructureError
-    with interruptible():
-        try:
-            return Session(
-                psycopg.connect(autocommit=True, prepare_threshold=None, **settings),
-                where,
-                table,
-                answer,
-            )
-        except (psycopg.Error, UnicodeError, OSError) as error:
-            failure = _connection_error(error, where, settings)
+    connection = None
+    try:
+        with interruptible():
+            connection = psycopg.connect(autocommit=True, prepare_threshold=None, **settings)
+        return Session(connection, where, table, answer)
+    except (psycopg.Error, UnicodeError, OSError) as error:
+        failure = _connection_error(error, where, settings)
+    except BaseException:
+        if connection is not None:
+            connection.close()
+        raise
     # Outside of the handler: psycopg's own error, in its context, may show more than ours.
     raise failure
 
@@ -485,14 +487,18 @@ def parse(url: str) -> Mapping[str, str]:
     from psycopg.conninfo import conninfo_to_dict
 
     try:
-        return {name: str(value) for name, value in conninfo_to_dict(url).items()}
+        given = {name: str(value) for name, value in conninfo_to_dict(url).items()}
+        # A password with a / or ? in it: its parts are in the port and in the database's name.
+        if re.fullmatch(r"[\d,]*", given.get("port", "")) and "@" not in given.get("dbname", ""):
+            return given
+        reason = "a part of the password seems to be in the port, or in the database"
     except (psycopg.Error, UnicodeError, ValueError) as error:
         # What libpq quotes may be a part of the password.
         reason = re.sub(r'"[^"]*"?', "...", _plain(str(error)))
     raise ConfigurationError(
         f"the lock's URL cannot be read ({reason}): it should look like "
         "postgresql://user@host:5432/database; in a password, write %40 for @, %2F for /, %3A for "
-        ": and %25 for %"
+        ":, %3F for ? and %25 for %"
     )
 
 
