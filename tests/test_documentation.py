@@ -52,7 +52,7 @@ FLOORS = (
     ("sanitizing", "devices", "artifacts", "stopping"),
     ("manager", "session", "following", "exits", "telling"),
     ("managed",),
-    ("cli", "inspect", "pytest_plugin", "testing"),
+    ("cli", "inspect", "pytest_plugin", "testing", "integrations"),
 )
 STRATEGIES = FLOORS[4]  # each of these on a staircase of its own
 
