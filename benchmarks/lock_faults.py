@@ -1,10 +1,10 @@
 """What becomes of a lock when something breaks: real servers, on hosts of network namespaces.
 
-A holder on one host writes its fence to a file, and asks `env.ensure_held()` before each write; a run
-on another host waits for the lock. Then one thing breaks. For each lock and fault: seconds until
-the waiter has the lock, seconds until the holder knows that it has lost it, and how many writes came
-after one of a later holder. At last two hosts contend while faults strike at random. The table in
-docs/locks.md is from here.
+A holder on one host writes its fence to a file, and asks `env.ensure_held()` before each write; a
+run on another host waits for the lock. Then one thing breaks. For each lock and fault: seconds
+until the waiter has the lock, seconds until the holder knows that it has lost it, and how many
+writes came after one of a later holder. At last two hosts contend while faults strike at random.
+The table in docs/locks.md is from here.
 """
 
 from __future__ import annotations
@@ -169,7 +169,6 @@ class Fault:
     watch: float = WATCH
     before: Callable[[Scene], object] = lambda scene: None
     guard: bool = False
-    needs_server: bool = True
 
 
 @attrs.frozen
@@ -233,7 +232,7 @@ def _server(act: Callable[[Server], object]) -> Callable[[Scene], None]:
 
 
 FAULTS = (
-    Fault("holder killed", _signal_holder(signal.SIGKILL), needs_server=False),
+    Fault("holder killed", _signal_holder(signal.SIGKILL)),
     Fault("holder's host loses power", lambda scene: scene.network["alpha"].power_off()),
     Fault("holder stopped for 40 s", _pause_holder, _signal_holder(signal.SIGCONT), 40.0),
     Fault(
@@ -242,17 +241,18 @@ FAULTS = (
         before=lambda scene: _order(scene, "fork"),
     ),
     Fault("connection closed by the server", _server(lambda s: s.disconnect_clients()), watch=CALM),
-    Fault("server restarted, with its data", _server(lambda s: s.restart()), watch=CALM, guard=True),
+    Fault("server restarted with its data", _server(lambda s: s.restart()), watch=CALM, guard=True),
+    Fault("server emptied", _server(lambda s: s.restart(keep_data=False)), guard=True),
     Fault(
-        "server restarted, emptied",
-        _server(lambda s: s.restart(keep_data=False)),
-        guard=True,
+        "server stands still for 8 s",
+        _server(lambda s: s.pause()),
+        _server(lambda s: s.resume()),
+        watch=8.0,
     ),
-    Fault("server stands still for 8 s", _server(lambda s: s.pause()), _server(lambda s: s.resume()), 8.0),
     Fault("what the holder sends is dropped", _cut("to"), _heal),
     Fault("what is sent to the holder is dropped", _cut("from"), _heal),
     Fault("both are dropped", _cut("both"), _heal),
-)  # fmt: skip
+)
 KINDS = ("PostgresLock", "RedisLock")
 
 
@@ -330,7 +330,7 @@ def _try(kind: str, fault: Fault, directory: Path) -> Result:
             lambda: _told(waiter, "held") is not None or time.monotonic() > watch, fault.watch + 30
         )
         fault.mend(scene)
-        # A holder that was only kept from its server shall see, when that is back, what it has missed.
+        # A holder that was only kept from its server shall see what it has missed.
         after = time.monotonic() + 8.0
         wait_until(lambda: _told(holder, "lost") is not None or time.monotonic() > after, 30)
         free, known = _told(waiter, "held"), _told(holder, "lost")

@@ -87,6 +87,7 @@ class Environment:
     )
     _closer: Callable[[], None] | None = attrs.field(default=None, repr=False)
     _find_fence: Callable[[], int | None] | None = attrs.field(default=None, repr=False)
+    _lock_name: str | None = attrs.field(default=None, repr=False)
     _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
     _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
     _on_record: Sequence[str] = attrs.field(default=(), init=False, repr=False)  # names of files
@@ -118,6 +119,11 @@ class Environment:
     def is_locked(self) -> bool:
         """Whether this process took the project's lock: not for a rank other than 0, say."""
         return self._lease is not None
+
+    @property
+    def lock_name(self) -> str:
+        """Where the lock is, for people: a path, or a server's address without its password."""
+        return self._lock_name or str(self.lock_path)
 
     @property
     def lock_lost(self) -> bool:

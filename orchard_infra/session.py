@@ -165,7 +165,7 @@ class Session:
             self._exits.callback("run record", self._leave_registry)
             self._exits.callback("run id", export(RUN_ID_VARIABLE, env.run.run_id))
         if self.locker is not None:
-            name = describe_lock(self.locker, self._key)
+            name = env._lock_name = describe_lock(self.locker, self._key)
             job = Job(self.launch, env.run, self._key, name, registry, self.logger)
             if env.is_leader:
                 steps = self._take_lock(self.locker, job)
@@ -366,8 +366,11 @@ class Session:
         too, keeps the lock when this process is killed and the child goes on.
         """
         lease = self.env._lease
-        holders = (self._registration, *(() if lease is None else parts_of(lease)))
-        return [one.fileno() for one in holders if one is not None and hasattr(one, "fileno")]
+        parts = () if lease is None else parts_of(lease)
+        holders = (self._registration, *parts)
+        files = [one.fileno() for one in holders if one is not None and hasattr(one, "fileno")]
+        # The connection of a server that keeps the lock for as long as somebody has it open.
+        return [*files, *(fd for part in parts if (fd := getattr(part, "watched_fd", -1)) >= 0)]
 
     # What the steps need.
 

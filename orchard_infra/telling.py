@@ -20,7 +20,7 @@ def tell_prepared(env: Environment) -> None:
     parts = []
     if env.is_locked:
         waited = f" after {report.waited_seconds:.1f} s" if report.waited_seconds > 1 else ""
-        parts.append(f"lock {env.lock_path} acquired{waited}")
+        parts.append(f"lock {env.lock_name} acquired{waited}")
     stopped = len(report.sanitized.stopped) + len(report.sanitized.killed)
     if stopped:
         parts.append(f"{stopped} processes of earlier runs stopped")
@@ -41,7 +41,7 @@ def tell_released(env: Environment) -> None:
     if not env.logger.isEnabledFor(logging.INFO) or env.joined:
         return
     report = env.report
-    parts = [f"lock {env.lock_path} released"] if env.is_locked else []
+    parts = [f"lock {env.lock_name} released"] if env.is_locked else []
     if report.flushed is not None and report.flushed.devices:
         freed = sum(device.freed for device in report.flushed.devices)
         parts.append(f"{freed / _MIB:.0f} MiB of device caches freed")
