@@ -97,8 +97,8 @@ class Scene:
     server: RedisServer
     fork_server: ForkServer
     tmp_path: Path
-    ttl: float = 2.0
-    renew: float = 0.4
+    ttl: float = 3.0
+    renew: float = 0.5
     project: str = attrs.field(factory=lambda: f"project-{uuid.uuid4().hex[:12]}")
 
     @property
@@ -399,12 +399,14 @@ def test_a_server_that_does_not_answer_in_time_has_lost_the_lock_for_good(
             wait_until(lambda: lost)
             left = lease._renewed + scene.ttl - redis_lock._now()
             assert left > 0, "it was told after the server would have freed the lock"
+            # Not because of the time alone: some is left for a graceful stop.
+            assert "could not be renewed" in str(lost[0])
             with pytest.raises(LockLostError):
                 lease.verify()
             began = time.monotonic()
             lease.release()
             assert time.monotonic() - began < 5
-            assert "frees itself within 2 s" in caplog.text
+            assert "frees itself within 3 s" in caplog.text
         finally:
             own_server.resume()
     with pytest.raises(LockLostError):
@@ -446,7 +448,7 @@ def test_a_replica_that_lags_gives_the_lock_away_with_a_greater_fence(own_server
 def test_a_holder_that_is_cut_off_knows_it_before_anybody_else_has_the_lock(
     network: Network, scene, direction
 ):
-    scene = attrs.evolve(scene, ttl=3.0)
+    scene = attrs.evolve(scene, ttl=4.0)
     server, alpha, beta = network.hosts
     with RedisServer(host=server) as redis:
         holder = alpha.run_python(HOLDER, *scene.arguments(redis.url))

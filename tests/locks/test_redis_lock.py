@@ -299,6 +299,16 @@ def answering(answers: Callable[[bytes], bytes]) -> Iterator[str]:
         thread.join()
 
 
+def test_a_server_that_quotes_the_password_in_its_error_gives_nothing_away(key):
+    def quotes(data: bytes) -> bytes:
+        said = b"-ERR unknown command 'AUTH', with args beginning with: 'hunter2/'\r\n"
+        return said * data.count(b"*")
+
+    with answering(quotes) as url:
+        secret = url.replace("redis://", "redis://:hunter2%2F@")
+        assert_refuses(RedisLock(secret), key, "unknown command 'AUTH'")
+
+
 def test_a_replica_an_old_server_and_one_that_loads_are_refused(redis_server, key):
     def old(data: bytes) -> bytes:
         if b"INFO" not in data:
@@ -484,3 +494,4 @@ def test_a_ctrl_c_ends_the_wait_for_a_server_that_does_not_answer(tmp_path, key)
         script.send_signal(2)
         assert script.finish() != 0
         assert "KeyboardInterrupt" in script.error_output
+        assert "does not answer" not in script.error_output  # it did not wait for that
