@@ -471,9 +471,9 @@ class PostgresLease:
                 )
                 return
             fence = session.fence(names)
-            if fence is None:
+            if fence is None or fence < self._fence:  # emptied, or a standby that lagged
                 raise self._lose("its server has lost the record of this run")
-            if fence != self._fence:
+            if fence > self._fence:
                 raise self._lose("the connection broke, and another run has taken it")
             session.end_holder(names, self._fence)
             raise InfrastructureError("its server has yet to end the session that broke")
