@@ -18,6 +18,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from orchard_infra.cli import output
+from orchard_infra.cli.lock_url import lock_url_option
+from orchard_infra.errors import InfrastructureError
 from orchard_infra.inspect import (
     ProcessIdentity,
     RegisteredRun,
@@ -26,6 +28,9 @@ from orchard_infra.inspect import (
     look,
     memory_of,
 )
+from orchard_infra.locks.base import ServerLock
+from orchard_infra.locks.urls import find_url, lock_from_url, redacted, shown
+from orchard_infra.runs.record import RunRecord
 from orchard_infra.runs.registry import RunRegistry
 from orchard_infra.system import processes
 from orchard_infra.system.text import printable
@@ -48,6 +53,7 @@ _STATE_WORDS = {
 Examples:
   orchard-infra status
   orchard-infra status --watch
+  orchard-infra status --lock-url postgresql://db/locks
   orchard-infra status --json | jq '.runs[] | select(.state == "running").pid'
 """,
 )
@@ -60,18 +66,23 @@ Examples:
     shell_complete=output.complete_project,
     help="Only the runs of this project.",
 )
-def status(as_json: bool, watch: bool, project: str | None) -> None:
+@lock_url_option("Show the runs on other hosts, too, that hold a lock on this server.")
+@click.pass_context
+def status(
+    context: click.Context, as_json: bool, watch: bool, project: str | None, lock_url: str | None
+) -> None:
     """Show your runs on this machine: running, waiting, dead, and what survives of dead ones.
 
     Memory and processor time are those of the whole process tree. 100 % is one core. GPU memory is
     shown where pynvml can be imported.
     """
     with output.errors_told():
-        survey = Survey(RunRegistry(), project)
+        survey = Survey(RunRegistry(), project, lock_url)
         console = output.console()
         if not watch:
-            _print(survey.look(), console, as_json=as_json)
-            return
+            found = survey.look()
+            _print(found, console, as_json=as_json)
+            context.exit(1 if found.server is not None and found.server.why_unknown else 0)
         try:
             if as_json or not output.can_redraw(console):
                 while True:
@@ -107,6 +118,14 @@ class Gpu:
 
 
 @attrs.frozen
+class Server:
+    """A server that carries locks, without its password; why its runs are unknown, if they are."""
+
+    address: str
+    why_unknown: str | None = None
+
+
+@attrs.frozen
 class Row:
     """One run as it is shown. ``cpu`` is in percent of one core, memory in bytes; None: unknown."""
 
@@ -126,18 +145,30 @@ class Snapshot:
     at: float
     rows: tuple[Row, ...]
     gpu: Gpu
+    server: Server | None = None
 
 
 @attrs.define
 class Survey:
-    """Looks at the runs, again and again: processor time is what was used between two looks."""
+    """Looks at the runs, again and again: processor time is what was used between two looks.
+
+    Raises:
+        ConfigurationError: ``lock_url`` cannot be used.
+    """
 
     registry: RunRegistry
     project: str | None = None
+    lock_url: str | None = None
+    _lock: ServerLock | None = attrs.field(default=None, init=False)
     _seconds: dict[ProcessIdentity, float] = attrs.field(factory=dict)
     _sampled_at: float | None = None
 
+    def __attrs_post_init__(self) -> None:
+        if self.lock_url is not None:
+            self._lock = lock_from_url(self.lock_url)
+
     def look(self) -> Snapshot:
+        server, records = self._ask_server()
         now = look(self.registry)
         shown = [run for run in now.runs if self.project in (None, run.record.project)]
         members = {run.record.run_id: now.members_of(run) for run in shown}
@@ -162,7 +193,22 @@ class Survey:
                     gpu=gpu.of(members[run_id]) if known else None,
                 )
             )
-        return Snapshot(time.time(), tuple(rows), gpu)
+        on_record = {run_id for run in now.runs for run_id in run.run_ids}
+        for record in records:
+            # One that is on record here is shown from here, where more is known of it.
+            if record.run_id not in on_record and self.project in (None, record.project):
+                rows.append(Row(RegisteredRun(record, RunState.RUNNING), RunState.RUNNING))
+        rows.sort(key=lambda row: row.run.record.started_at)
+        return Snapshot(time.time(), tuple(rows), gpu, server)
+
+    def _ask_server(self) -> tuple[Server | None, Sequence[RunRecord]]:
+        if self._lock is None:
+            return None, ()
+        address = shown(find_url(self.lock_url))
+        try:
+            return Server(address), self._lock.runs()
+        except InfrastructureError as error:
+            return Server(address, redacted(str(error))), ()
 
     def _sample(self, members: Mapping[str, Iterable[ProcessIdentity]]) -> dict[str, float | None]:
         """The processor time that each run used since the last sample, in percent of one core."""
@@ -193,6 +239,8 @@ def to_json(look: Snapshot) -> dict[str, Any]:
         "at": look.at,
         "host": socket.gethostname(),
         "gpu": {"library": look.gpu.library, "unknown_because": look.gpu.why_unknown},
+        "lock_server": look.server
+        and {"address": look.server.address, "unknown_because": look.server.why_unknown},
         "runs": [_row_to_json(row, look.at) for row in look.rows],
     }
 
@@ -322,6 +370,7 @@ def table(look: Snapshot, width: int) -> Iterator[Text]:
     """
     if not look.rows:
         yield Text("No runs.")
+        yield from _notes(look, width)
         return
     header, *rows = _columns(look)
     widths = [max(cell.cell_len for cell in column) for column in zip(header, *rows, strict=True)]
@@ -451,7 +500,9 @@ def _below(row: Row, detail: tuple[str, str, str], width: int, *, whole: bool) -
 
 def _notes(look: Snapshot, width: int) -> Iterator[Text]:
     notes = []
-    if look.gpu.library is not None and look.gpu.why_unknown is not None:
+    if look.server is not None and look.server.why_unknown is not None:
+        notes.append(f"Runs on other hosts are unknown: {look.server.why_unknown}")
+    if look.rows and look.gpu.library is not None and look.gpu.why_unknown is not None:
         notes.append(f"GPU memory is unknown: {look.gpu.why_unknown}")
     if any(row.state in (RunState.SURVIVORS, RunState.DEAD) for row in look.rows):
         notes.append("What dead runs left: orchard-infra clean --dry-run")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
 
 from orchard_infra.errors import ConfigurationError
 
@@ -28,6 +28,8 @@ _SETTING = re.compile(
 )
 
 _SETTINGS = re.compile(r"\s*\w+\s*=")  # of libpq: host=db dbname=locks, service=locks ...
+
+_OPTIONS = re.compile(r"#(\w+=[^@#/]*)$")
 
 
 def find_url(url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> str:
@@ -61,24 +63,46 @@ def find_url(url: str | None = None, *, environ: Mapping[str, str] = os.environ)
 def lock_from_url(url: str | None = None, *, timeout: float | None = 0.0) -> ServerLock:
     """The lock on the server at ``url``; `find_url` says what else it may be.
 
+    What stands after a ``#`` is for the lock itself: ``redis://cache/0#ttl=60&renew=10``.
+
     Raises:
         ConfigurationError: No lock speaks to such a server, or what it needs is not installed.
     """
-    found = find_url(url)
+    found, options = _without_options(find_url(url))
     scheme = found.partition(":")[0].lower()
+    make: Callable[..., ServerLock] | None = None
     if scheme in POSTGRES_SCHEMES or _SETTINGS.match(found):
-        from orchard_infra.locks.postgres import PostgresLock
-
-        return PostgresLock(found, timeout=timeout)
-    if scheme in REDIS_SCHEMES:
-        from orchard_infra.locks.redis import RedisLock
-
-        return RedisLock(found, timeout=timeout)
+        from orchard_infra.locks.postgres import PostgresLock as make
+    elif scheme in REDIS_SCHEMES:
+        from orchard_infra.locks.redis import RedisLock as make
+    if make is not None:
+        try:
+            return make(found, timeout=timeout, **options)
+        except (TypeError, ValueError) as error:
+            if not options:
+                raise
+            raise ConfigurationError(
+                f"the settings after the # of the lock's URL cannot be used: {error}"
+            ) from None
     # A text without a scheme is not quoted: it may be a password that went astray.
     given = f", and not with {scheme[:20]}://" if "://" in found else ""
     raise ConfigurationError(
         f"the lock's URL should begin with postgresql://, redis:// or rediss://{given}"
     )
+
+
+def _without_options(url: str) -> tuple[str, dict[str, Any]]:
+    """An address, and what its fragment says of the lock. A "#" in a password is none."""
+    found = _OPTIONS.search(url)
+    if found is None:
+        return url, {}
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(found[1], keep_blank_values=True):
+        try:
+            options[name] = float(value)
+        except ValueError:
+            options[name] = {"yes": True, "no": False}.get(value, value)
+    return url[: found.start()], options
 
 
 def redacted(text: str) -> str:
@@ -98,6 +122,8 @@ def shown(url: str) -> str:
     >>> shown("rediss://ada:secret@cache.example:6380/1?ssl_ca_certs=/etc/ca.pem")
     'rediss://cache.example:6380/1'
     """
+    if "://" not in url:  # settings of libpq
+        return redacted(url)
     try:
         parts = urlsplit(redacted(_without_blanks(url)))
     except ValueError:

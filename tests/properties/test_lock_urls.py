@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchard_infra.errors import ConfigurationError
 from orchard_infra.locks import urls
+from orchard_infra.locks.redis import RedisLock
 from orchard_infra.locks.urls import (
     URL_VARIABLE,
     find_url,
@@ -140,6 +141,15 @@ def test_the_scheme_says_which_lock_it_is() -> None:
     for url in ("redis://cache", "rediss://cache", "unix:///run/redis.sock"):
         assert lock_from_url(url, timeout=3).timeout == 3
         assert type(lock_from_url(url)).__name__ == "RedisLock"
+
+
+def test_what_stands_after_a_number_sign_is_for_the_lock_itself() -> None:
+    lock = lock_from_url("redis://cache/0#ttl=60&renew=10&lock_key=a%26b&guard=no")
+    assert lock == RedisLock("redis://cache/0", ttl=60.0, renew=10.0, lock_key="a&b", guard=False)
+    assert lock_from_url("redis://:p#ttl=1@cache") == RedisLock("redis://:p#ttl=1@cache")
+    for wrong in ("ttl=0", "breath=3", "ttl=long"):
+        with pytest.raises(ConfigurationError, match="after the #"):
+            lock_from_url(f"redis://:{MARK}@cache#{wrong}")
 
 
 def test_an_address_comes_from_the_argument_the_variable_or_a_file(tmp_path) -> None:

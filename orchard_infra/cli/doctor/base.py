@@ -44,11 +44,12 @@ class Check:
 class Setup:
     """What is examined: the place of the lock, and the environment variables of a run.
 
-    ``lock_file`` is None for the default locks.
+    ``lock_file`` is None for the default locks, ``lock_url`` where there is no server.
     """
 
     lock_file: Path | None
     environ: Mapping[str, str]
+    lock_url: str | None = None
 
     @property
     def lock_directory(self) -> Path:

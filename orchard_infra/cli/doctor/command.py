@@ -15,6 +15,7 @@ from rich.text import Text
 from orchard_infra.cli import output
 from orchard_infra.cli.doctor.base import Check, Level, Setup
 from orchard_infra.cli.doctor.checks import CHECKS, examine
+from orchard_infra.cli.lock_url import lock_url_option
 from orchard_infra.config import check_lock_path
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
@@ -29,6 +30,7 @@ Examples:
   orchard-infra doctor
   orchard-infra doctor flock signals
   orchard-infra doctor --lock-file /scratch/me/digits.lock
+  orchard-infra doctor --lock-url postgresql://db/locks
   orchard-infra doctor --json | jq '.checks[] | select(.status != "ok")'
 
 Exits with 1 when there is a problem; warnings alone exit with 0.
@@ -40,11 +42,16 @@ Exits with 1 when there is a problem; warnings alone exit with 0.
     type=click.Path(),
     help="Examine this lock's place, too, not that of the default ones.",
 )
+@lock_url_option("Examine this server of locks, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/cli.md has the schema.")
 @click.argument("names", metavar="[CHECK]...", nargs=-1, type=click.Choice(tuple(CHECKS)))
 @click.pass_context
 def doctor(
-    context: click.Context, names: tuple[str, ...], lock_file: str | None, as_json: bool
+    context: click.Context,
+    names: tuple[str, ...],
+    lock_file: str | None,
+    lock_url: str | None,
+    as_json: bool,
 ) -> None:
     """Check whether runs can be protected here, and say what to do where they cannot.
 
@@ -53,7 +60,7 @@ def doctor(
     """
     with output.errors_told():
         path = None if lock_file is None else check_lock_path(lock_file, "--lock-file")
-        setup = Setup(lock_file=path, environ=os.environ)
+        setup = Setup(lock_file=path, environ=os.environ, lock_url=lock_url)
         console, progress = output.console(), output.console(stderr=True)
         animated = output.can_redraw(progress)
         checks = []
@@ -90,7 +97,7 @@ def to_json(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def _worst(checks: Sequence[Check]) -> Level:
-    return max((check.level for check in checks), key=list(Level).index)
+    return max((check.level for check in checks), key=list(Level).index, default=Level.OK)
 
 
 def _show(check: Check, console: Console) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import click
 
+from orchard_infra.cli.lock_url import lock_url_option
 from orchard_infra.config import Settings, check_lock_path, check_project_name, default_lock_path
 from orchard_infra.errors import ConfigurationError
 from orchard_infra.system.text import printable
@@ -31,6 +32,7 @@ Examples:
   orchard-infra run -p digits -- python train.py --lr 0.1
   orchard-infra run -p digits --wait -- torchrun --nproc-per-node 2 train.py
   orchard-infra run --lock-file data/a.lock --report run.json -- ./train.sh
+  orchard-infra run -p digits --lock-url postgresql://db/locks -- python train.py
 """
 
 
@@ -89,6 +91,7 @@ _FOREVER = "for ever"
 @click.option(
     "--lock-file", metavar="PATH", callback=_lock_path, help="Hold this lock, in place of -p."
 )
+@lock_url_option("Hold the lock on this server as well: hosts that share one exclude each other.")
 @click.option(
     "--wait",
     is_flag=False,
@@ -133,6 +136,7 @@ _FOREVER = "for ever"
 def run(
     project: str | None,
     lock_file: Path | None,
+    lock_url: str | None,
     wait: float | None,
     allow_process_kill: bool,
     grace: float,
@@ -169,6 +173,7 @@ def run(
         keep_background=keep_background,
         locked_exit=locked_exit,
         command=command,
+        lock_url=lock_url,
     )
     # Where it is to be is found out now: the working directory may go away.
     report_path = None if report is None else Path(os.path.abspath(report))

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -22,6 +22,7 @@ from orchard_infra.config import Settings
 from orchard_infra.environment import Environment
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError, ReleaseError
 from orchard_infra.launch import this_launch
+from orchard_infra.locks.base import Lock, LockKey
 from orchard_infra.locks.file import FileLock
 from orchard_infra.report import Finding, SanitizeReport
 from orchard_infra.runs.record import RunRecord, Survivor
@@ -29,6 +30,9 @@ from orchard_infra.session import Session
 from orchard_infra.system import files
 from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import duration, printable
+
+if TYPE_CHECKING:
+    from orchard_infra.cli.run.guardian import Guardian
 
 CANNOT_SET_UP = 125
 CANNOT_EXECUTE = 126
@@ -49,6 +53,7 @@ class ProtectedCommand:
     keep_background: bool
     locked_exit: int
     command: tuple[str, ...]
+    lock_url: str | None = None
     report: dict[str, Any] = attrs.field(factory=dict)
 
     def carry_out(self) -> int:
@@ -62,7 +67,9 @@ class ProtectedCommand:
             message=None,
             project=self.settings.project,
             lock=str(self.settings.lock_path),
+            lock_server=None,
             lock_lost=False,
+            fence=None,
             run_id=None,
             joined=False,
             command=list(self.command),
@@ -94,31 +101,55 @@ class ProtectedCommand:
 
     def _carry_out(self, began: float) -> int:
         supervisor = Supervisor(tell)
-        session = self._session()
+        locker = self._locker()
+        session = self._session(locker)
+        guardian = None
         with interruptible():
             try:
                 with _shown(session):
                     env = session.prepare()
+                    if self.lock_url is not None and env.is_locked:
+                        guardian = _start_guardian(locker, env.run.run_id, self.grace)
                     supervisor.begin()  # from here on nothing interrupts us
                 self.report["joined"] = env.joined
                 self.report["run_id"] = env.run.run_id
+                self.report["fence"] = env.run.fence
                 self.report["waited_seconds"] = round(time.monotonic() - began, 3)
                 status = self._supervise(supervisor, session)
                 self.report["lock_lost"] = env.lock_lost
                 return status
             finally:
+                if guardian is not None:
+                    guardian.dismiss()
                 # What fails there was logged, and so told.
                 with contextlib.suppress(ReleaseError):
                     session.close()
 
-    def _session(self) -> Session:
+    def _locker(self) -> Lock:
+        """The file, and the lock on the server where there is one: a run on this host that does not
+        know of the server is refused by the file.
+        """
+        if self.lock_url is None:
+            return FileLock()
+        from orchard_infra.locks.all_of import AllOf
+        from orchard_infra.locks.urls import lock_from_url
+
+        server = lock_from_url(self.lock_url)
+        self.report["lock_server"] = server.describe(self._key)
+        return AllOf(FileLock(), server)
+
+    @property
+    def _key(self) -> LockKey:
+        return LockKey(self.settings.project, self.settings.lock_path)
+
+    def _session(self, locker: Lock) -> Session:
         logger = logging.Logger("orchard-infra", logging.INFO)
         return Session(
             settings=self.settings,
             launch=this_launch(),
             logger=logger,
             sanitizer=_Sanitizer(self.grace),
-            locker=FileLock(),
+            locker=locker,
             cleaner=_Sweeper(),
             timeout=self.timeout,
             command=self.command,
@@ -135,6 +166,10 @@ class ProtectedCommand:
             return status
         gc.enable()
         self.report["pid"] = supervisor.pid
+        if self.lock_url is not None:
+            # Another host may begin. To ourselves: as any other SIGTERM it is passed on once, and
+            # what outlives the command is waited for.
+            session.env.on_stop(lambda request: os.kill(os.getpid(), signal.SIGTERM))
         ending = supervisor.wait()
         session.command_ending = ending.status, ending.signal
         self.report["command_seconds"] = round(time.monotonic() - began, 3)
@@ -184,7 +219,10 @@ class ProtectedCommand:
             tell(message)
 
     def _why_locked(self, error: EnvironmentLockedError, waited: float) -> str:
-        lock = f"project {self.settings.project} is locked ({self.settings.lock_path})"
+        where = str(self.settings.lock_path)
+        if self.report["lock_server"] is not None:
+            where = f"{where} and {self.report['lock_server']}"
+        lock = f"project {self.settings.project} is locked ({where})"
         if error.survivors:
             listed = "; ".join(survivor.describe() for survivor in error.survivors)
             pids = " ".join(str(survivor.pid) for survivor in error.survivors)
@@ -195,9 +233,10 @@ class ProtectedCommand:
         since = f" after waiting {duration(waited)}" if waited >= 1 else ""
         if error.holder is None:
             return f"{lock}{since}, nobody knows by whom; look with: fuser -v {error.lock_path}"
+        there = "" if error.holder.is_local else f" on {printable(error.holder.host)}"
         return (
             f"{lock}{since} by {error.holder.describe()}. Wait for it with --wait, stop it with: "
-            f"orchard-infra stop {error.holder.pid}, or use another project name"
+            f"orchard-infra stop {error.holder.pid}{there}, or use another project name"
         )
 
 
@@ -205,12 +244,20 @@ class ProtectedCommand:
 def _shown(session: Session) -> Iterator[None]:
     """Show what the session logs: the wait while it prepares, warnings also afterwards."""
     gc.enable()  # waiting may take days
-    handler = WaitingHandler(session.settings, tell)
+    handler = WaitingHandler(session.settings, tell, is_file=isinstance(session.locker, FileLock))
     session.logger.addHandler(handler)
     try:
         yield
     finally:
         handler.stop_waiting()
+
+
+def _start_guardian(locker: Lock | None, run_id: str, grace: float) -> Guardian:
+    from orchard_infra.cli.run.guardian import LONGEST, Guardian
+
+    # A lease that nobody renews any more ends by itself, and the command must have ended before.
+    ttls = [ttl / 3 for lock in getattr(locker, "locks", ()) if (ttl := getattr(lock, "ttl", None))]
+    return Guardian.start(run_id, min(grace, LONGEST, *ttls))
 
 
 @attrs.frozen(eq=False, repr=False)

@@ -29,8 +29,12 @@ class WaitingHandler(logging.Handler):
     the spinner on a terminal. Warnings are one line each.
     """
 
-    def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Settings, tell: Callable[[str], None], *, is_file: bool = True
+    ) -> None:
         super().__init__(logging.INFO)
+        self._is_file = is_file  # and can be looked at in no time
+        self._holder: RunRecord | None = None
         self._project = settings.project
         self._key = LockKey(settings.project, settings.lock_path)
         self._tell = tell
@@ -53,6 +57,7 @@ class WaitingHandler(logging.Handler):
             self._live = None
 
     def _show_waiting(self, holder: RunRecord | None) -> None:
+        self._holder = holder
         if self._live is None:
             self._live = self._spin(holder)
         if self._live is None:
@@ -78,7 +83,7 @@ class WaitingHandler(logging.Handler):
             nonlocal shown, program, looked
             if time.monotonic() - looked > _LOOK_AGAIN:
                 looked = time.monotonic()
-                holder = FileLock().holder(self._key)
+                holder = FileLock().holder(self._key) if self._is_file else self._holder
                 if holder != shown:
                     shown, program = holder, _program_of(holder)
             spinner.update(text=self._line(shown, program))

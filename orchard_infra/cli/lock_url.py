@@ -1,0 +1,33 @@
+"""The option ``--lock-url``: where it comes from, and that no password is in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_VARIABLE = "ORCHARD_INFRA_LOCK_URL"  # that of locks.urls, which takes a moment to load
+
+
+def lock_url_option(help_: str) -> Callable[[_Command], _Command]:
+    """``--lock-url``; without it, what ORCHARD_INFRA_LOCK_URL says. None is no server."""
+    return click.option("--lock-url", metavar="URL", callback=_checked, help=help_)
+
+
+def _checked(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None:
+        return os.environ.get(_VARIABLE) or None
+    if not value:  # an empty one is stronger than the variable
+        return None
+    from orchard_infra.locks.urls import has_password
+
+    if has_password(value):
+        raise click.BadParameter(
+            "it contains a password, which everybody on this machine can read there. Put the URL "
+            f"into the variable {_VARIABLE}, or into a file of yours and give file:PATH. Or leave "
+            "the password out, and have libpq find it: PGPASSFILE, PGPASSWORD, a service"
+        )
+    return value
