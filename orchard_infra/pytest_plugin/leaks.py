@@ -135,7 +135,7 @@ class LeakWatch:
         if fixturedef.scope == "function" or self._test is None:
             return (yield)
         test = self._test
-        before, mark = Look.now(), len(self._makings.entries)
+        before, mark, threads = Look.now(), len(self._makings.entries), Threads.now()
         token = os.environ.pop(VARIABLE, None)
         try:
             return (yield)
@@ -146,6 +146,7 @@ class LeakWatch:
             made.tensors = self._new_tensors()
             self._tensors.update(made.tensors)
             test.known.add(made.look)
+            test.threads = test.threads.with_those_since(threads)
             self._active.setdefault(fixturedef, Holdings()).add(made)
 
     def pytest_fixture_post_finalizer(self, fixturedef: _Fixture) -> None:

@@ -89,6 +89,16 @@ class Threads:
             frozenset(t.native_id for t in others if t.native_id is not None),
         )
 
+    def with_those_since(self, before: Threads) -> Threads:
+        """These, and what was started since then."""
+        now = Threads.now()
+        return Threads(
+            self.me,
+            self.tasks | (now.tasks - before.tasks),
+            self.idents | (now.idents - before.idents),
+            self.python | (now.python - before.python),
+        )
+
     def started(self) -> set[ProcessIdentity]:
         """The children that these threads have started; the kernel keeps a list for each."""
         found: set[int] = set()

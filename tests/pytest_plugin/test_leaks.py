@@ -10,7 +10,7 @@ import pytest
 
 from support import is_running, require_module, run_python, wait_gone, wait_until
 
-XDIST = ("-p", "xdist", "-n", "2")
+XDIST = ("-p", "xdist", "-n", "2", "--dist=loadscope")
 
 GUILTY = """
     import os, signal, socket, subprocess, sys, tempfile, time
@@ -165,30 +165,28 @@ INNOCENT_CONFTEST = """
             def use(self):
                 self.process = subprocess.Popen(["sleep", "600"])
                 self.directory = tempfile.mkdtemp()
-        lazy = Lazy()
-        yield lazy
-        assert lazy.process.poll() is None
-        lazy.process.terminate(); lazy.process.wait()
-        os.rmdir(lazy.directory)
+        return Lazy()
 
     @pytest.fixture(scope="session")
     def thread():
         "A thread that works while tests run: what it makes is not theirs."
-        work, done, made = threading.Event(), threading.Event(), []
+        work, done = threading.Event(), threading.Event()
+        # In files, so that no object leads to them.
         def serve():
             work.wait()
-            made.append(subprocess.Popen(["sleep", "600"]).pid)
-            made.append(tempfile.mkdtemp())
+            with open(os.environ["MADE"], "w") as file:
+                print(subprocess.Popen(["sleep", "600"]).pid, tempfile.mkdtemp(), file=file)
             done.set()
             work.clear(); work.wait()
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield work, done
         work.set(); thread.join()
-        pid, directory = made
-        os.kill(pid, 0)
-        os.kill(pid, 15)
-        os.rmdir(directory)
+        if done.is_set():
+            pid, directory = open(os.environ["MADE"]).read().split()
+            os.kill(int(pid), 15)
+            assert os.waitpid(int(pid), 0)
+            os.rmdir(directory)
 """
 
 INNOCENT = """
@@ -213,6 +211,10 @@ INNOCENT = """
     class TestLazy:
         def test_that_uses(self, lazy): lazy.use()
         def test_that_comes_later(self, lazy): assert lazy.process.poll() is None
+        def test_that_ends_it(self, lazy):
+            assert lazy.process.poll() is None
+            lazy.process.terminate(); lazy.process.wait()
+            os.rmdir(lazy.directory)
     def test_server_again(server):
         process, directory, memory = server
         assert process.poll() is None and os.path.isdir(directory)
@@ -252,6 +254,7 @@ def test_nobody_is_blamed_for_what_belongs_to_somebody_else(
 ):
     """And nothing of theirs is stopped or removed, nor of other programs on the machine."""
     monkeypatch.setenv("CACHES", str(tmp_path / "caches"))
+    monkeypatch.setenv("MADE", str(tmp_path / "made"))
     neighbour = run_python(
         tmp_path,
         """
@@ -272,7 +275,7 @@ def test_nobody_is_blamed_for_what_belongs_to_somebody_else(
         pytester.makepyfile(test_joblib=JOBLIB)
     result = run("--infra-leaks=error", "-p", "pytest_timeout", "--timeout=100", *options)
 
-    result.assert_outcomes(passed=14 + (0 if options else 2))
+    result.assert_outcomes(passed=15 + (0 if options else 2))
     theirs = neighbour.output.split()
     caches = (tmp_path / "caches").read_text().split()
     assert len(theirs) > 4
