@@ -4,6 +4,8 @@
   examples. Each of them gets a page of its own, with its text.
 * The changelog is a page of the site.
 * Directives for the tests (``<!-- not run: ... -->``) are for the tests alone.
+* A page that stands alone in its part of the site needs no list of pages beside it.
+* The name of a test may be broken after an underscore, or tables of tests would be too wide.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ _LINK = re.compile(
 )
 _CODE = re.compile(r"^(?P<fence>[ ]*```).*?^(?P=fence)[ ]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _DIRECTIVE = re.compile(r"^<!--\s*(?:not run|before):.*?-->\n", re.MULTILINE | re.DOTALL)
+# The text of a link, in rendered HTML.
+_TEST = re.compile(r"(?<=>)test_\w+(?=</a>)")
 _LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".sh": "bash"}
 # What a page of the site already says.
 _PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
@@ -51,6 +55,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         anchor = link["anchor"] or "" if outside in _PAGES else ""
         markdown = markdown.replace(link[0], f"{link['start']}{relative}{anchor})")
     return markdown
+
+
+def on_page_context(context: Any, page: Any, config: Any, nav: Any) -> Any:
+    if page.parent is None:
+        page.meta.setdefault("hide", []).append("navigation")
+    return context
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    return _TEST.sub(lambda name: name[0].replace("_", "_<wbr>"), html)
 
 
 def _links(markdown: str, here: str) -> list[tuple[re.Match[str], str]]:
