@@ -388,7 +388,7 @@ class NoPermission(InfrastructureError):
 
 _RIGHTS = (
     f"~{PREFIX}* +eval +evalsha +get +set +mget +del +exists +incr +expire +pexpire +time +info "
-    "+scan"
+    "+scan +select"
 )
 _NOT_NOW = ("OOM", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "TRYAGAIN")
 _CLUSTER = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
