@@ -28,7 +28,7 @@ from orchard_infra.errors import InfrastructureError
 
 CheckFunction: TypeAlias = Callable[[Setup], Verdict]
 
-_OF_A_SERVER: dict[str, CheckFunction] = {
+OF_A_SERVER: dict[str, CheckFunction] = {
     "lock server": servers.check_server,
     "server latency": servers.check_latency,
     "server settings": servers.check_settings,
@@ -40,7 +40,7 @@ CHECKS: dict[str, CheckFunction] = {
     "lock directory": locks.check_lock_directory,
     "flock": locks.check_flock,
     "lock file": locks.check_lock_file,
-    **_OF_A_SERVER,
+    **OF_A_SERVER,
     "tmp cleaner": check_tmp_cleaner,
     "runs": processes.check_runs,
     "launch": launch.check_launch,
@@ -63,7 +63,7 @@ def examine(setup: Setup, names: Collection[str] = ()) -> Iterator[tuple[str, Ca
         wanted = name in names if names else True
         if not wanted or (name == "lock file" and setup.lock_file is None):
             continue
-        if name in _OF_A_SERVER and setup.lock_url is None:
+        if name in OF_A_SERVER and setup.lock_url is None:
             continue
 
         def carry_out(name: str = name, check: CheckFunction = check) -> Check:
