@@ -1,0 +1,106 @@
+"""`managed_environment` with a lock on a server: waiting, losing it, and saving under a fence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+import pytest
+
+from orchard_infra import (
+    AllOf,
+    EnvironmentLockedError,
+    FileLock,
+    InfrastructureManager,
+    LockLostError,
+    SignalStop,
+    managed_environment,
+)
+from orchard_infra.locks.base import Lock
+from orchard_infra.locks.postgres import PostgresLock
+from orchard_infra.locks.redis import RedisLock
+from servers import PostgresServer, RedisServer
+from support import run_python, wait_until
+
+
+@attrs.frozen
+class Case:
+    """A lock on a server, the source of the same one, and how somebody else gets it."""
+
+    lock: Lock
+    source: str
+    take_away: Callable[[], object]
+
+    @property
+    def manager(self) -> InfrastructureManager:
+        return InfrastructureManager(locker=self.lock, stopper=SignalStop(mode="flag"))
+
+
+@pytest.fixture(params=["postgres", "redis", "file and postgres"])
+def case(request: pytest.FixtureRequest) -> Case:
+    if request.param == "redis":
+        redis: RedisServer = request.getfixturevalue("redis_server")
+        redis.execute("FLUSHALL")
+
+        def give_to_another() -> None:
+            redis.execute("DEL", "orchard-infra:{digits}:holder")
+            redis.execute("SET", "orchard-infra:{digits}:lock", "theirs", "PX", "500")
+
+        return Case(
+            RedisLock(redis.url, ttl=6.0, renew=0.2, guard=False),
+            f"RedisLock({redis.url!r}, ttl=6.0, renew=0.2, guard=False)",
+            give_to_another,
+        )
+    postgres: PostgresServer = request.getfixturevalue("postgres")
+    url = postgres.create_database()
+    lock: Lock = PostgresLock(url, interval=0.2)
+    source = f"PostgresLock({url!r}, interval=0.2)"
+    if request.param != "postgres":
+        lock, source = AllOf(FileLock(), lock), f"AllOf(FileLock(), {source})"
+    sql = "UPDATE orchard_infra_locks SET fence = fence + 1"
+    return Case(lock, source, lambda: postgres.execute(sql, database=url.rpartition("/")[2]))
+
+
+HOLDER = """
+    import sys
+    from orchard_infra import *
+    from orchard_infra.locks.postgres import PostgresLock
+    from orchard_infra.locks.redis import RedisLock
+    with managed_environment("digits", manager=InfrastructureManager(locker=eval(sys.argv[1]))):
+        print("holds it", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_a_run_waits_for_another_one_as_long_as_it_is_told(case: Case, tmp_path) -> None:
+    holder = run_python(tmp_path, HOLDER, case.source)
+    holder.wait_for("holds it")
+    for timeout in (0.0, 0.3):
+        with pytest.raises(EnvironmentLockedError, match=f"pid {holder.pid}") as caught:
+            managed_environment("digits", manager=case.manager, timeout=timeout).open()
+        assert caught.value.holder is not None
+        assert caught.value.holder.pid == holder.pid
+    holder.tell()
+    with managed_environment("digits", manager=case.manager, timeout=60) as env:
+        assert env.fence == env.run.fence
+        env.ensure_held()
+
+
+def test_a_run_that_loses_its_lock_stops_by_saving_under_its_own_fence(
+    case: Case, tmp_path
+) -> None:
+    saved = []
+    with managed_environment("digits", manager=case.manager) as env:
+        name = env.fenced(tmp_path / "model.pt")
+        case.take_away()
+        # A loop that looks once a step.
+        wait_until(lambda: env.stop_requested is not None, what="the request to stop")
+        assert env.lock_lost
+        with pytest.raises(LockLostError):
+            env.ensure_held()
+        name.write_text("the last step")
+        saved.append(name)
+    with managed_environment("digits", manager=case.manager, timeout=60) as env:
+        saved.append(env.fenced(tmp_path / "model.pt"))
+    assert saved[0] < saved[1]
+    assert saved[0].read_text() == "the last step"
