@@ -10,6 +10,7 @@ started, also with ``hydra.job.chdir=True``.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -36,7 +37,8 @@ manager = InfrastructureManager(stopper=SignalStop("flag", deadline=10.0))
 @managed_environment("hydra-sweep")
 @hydra.main(version_base="1.3", config_path=None, config_name="job")
 def main(job: Job) -> float:
-    number = HydraConfig.get().job.get("num") or 0
+    config_of_hydra: Any = HydraConfig.get()
+    number = config_of_hydra.job.get("num") or 0  # a sweep counts its jobs
     config = EnvironmentConfig("hydra-job", lock_file_path=f"locks/job-{number}.lock")
     with managed_environment(config, manager=manager) as env:
         print(f"job {number} with lr {job.lr}, lock {env.lock_path}", flush=True)

@@ -2,9 +2,9 @@
 
     python examples/frameworks/orchard_ml.py
 
-`Orchestrator` uses its manager as the RootOrchestrator of orchard-ml does: it is given one, or makes
-one; it prepares when it is entered, and releases when it is left, by the configuration. Nothing of
-it has to change.
+`Orchestrator` uses its manager as the RootOrchestrator of orchard-ml does: it is given one; it
+prepares when it is entered, and releases when it is left, by the configuration. Nothing of it
+has to change.
 """
 
 from __future__ import annotations

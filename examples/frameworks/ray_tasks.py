@@ -6,6 +6,8 @@ Ray is started before the environments, and shut down after them. It takes SIGTE
 environment is released all the same, and the exit status is 15.
 """
 
+import logging
+
 import ray
 
 from orchard_infra import managed_environment
@@ -27,7 +29,7 @@ class Counter:
 
 
 def main() -> None:
-    ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    ray.init(num_cpus=1, include_dashboard=False, logging_level=logging.ERROR)
     counter = Counter.remote()  # type: ignore[attr-defined]
     for step in range(2):
         with managed_environment("ray"):

@@ -1,4 +1,4 @@
-"""multiprocessing.Pool, ProcessPoolExecutor and joblib's loky, in one block, the next, and after."""
+"""multiprocessing.Pool, ProcessPoolExecutor and loky, in one block, the next one and after it."""
 
 from __future__ import annotations
 
