@@ -89,7 +89,12 @@ def test_the_orchestrator_of_orchard_ml_itself_takes_the_manager(tmp_path):
         cfg.hardware.lock_file_path = Path("digits.lock")
         parts = ("reporter", "time_tracker", "audit_saver", "seed_setter", "thread_applier",
                  "system_configurator", "static_dir_setup", "device_resolver")
-        with RootOrchestrator(
+
+        class Orchestrator(RootOrchestrator):
+            def _phase_3_filesystem_provisioning(self):
+                self.paths = MagicMock()  # the directories of a run need a whole configuration
+
+        with Orchestrator(
             cfg,
             infra_manager=InfrastructureManager(),
             log_initializer=lambda *_, **__: logging.getLogger("orchard"),
