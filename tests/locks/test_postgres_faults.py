@@ -342,10 +342,11 @@ def test_a_socket_that_the_program_closed_is_replaced_and_a_strangers_file_left_
     os.close(fd)
     file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     assert file == fd
+    theirs = os.fstat(file)
 
     wait_until(lambda: _is_confirmed(lease))
 
-    assert os.fstat(file).st_size == 0
+    assert os.fstat(file) == theirs
     os.close(file)
     lease.release()
     assert not is_held(lock_at(url))

@@ -461,6 +461,9 @@ def test_a_fence_never_goes_back(postgres: PostgresServer, url: str) -> None:
 
     assert fences == sorted(set(fences))
     assert fences[5] == fences[4] + 1
+    # The database was restored from a backup.
+    postgres.execute(f"UPDATE orchard_infra_locks SET fence = {fences[0]}", database=database)
+    assert draw() > fences[3]
     assert abs(fences[0] / 1000 - time.time()) < 3600
 
 
@@ -546,6 +549,18 @@ def test_a_waiter_has_one_connection_and_the_lease_takes_it_over(
     lease.verify()
     lease.release()
     wait_until(lambda: sessions(postgres, url) == 0)
+
+
+def test_it_is_free_when_the_release_returns(url: str) -> None:
+    lock, record = PostgresLock(url), describe_this_run("digits")
+    for _ in range(20):
+        lease = take(lock)
+        with lock.connect() as waiter:
+            assert isinstance(waiter.try_acquire(key_of(), record), Held)
+            lease.release()
+            lease = waiter.try_acquire(key_of(), record)  # type: ignore[assignment]
+            assert isinstance(lease, PostgresLease)
+        lease.release()
 
 
 def test_verifying_and_renewing_at_the_same_time_is_safe(url: str) -> None:
@@ -652,8 +667,10 @@ def test_a_ctrl_c_at_any_line_of_taking_it_leaves_nothing(
 
 def test_a_ctrl_c_at_any_line_of_verifying_does_not_cost_the_lock(url: str) -> None:
     lease = take(PostgresLock(url))
+    session = lease._session
 
     assert interrupted_at_every_line(lease.verify, lease.verify) > 20
+    assert lease._session is session
     lease.release()
 
 
