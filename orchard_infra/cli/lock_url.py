@@ -28,6 +28,6 @@ def _checked(ctx: click.Context, parameter: click.Parameter, value: str | None) 
         raise click.BadParameter(
             "it contains a password, which everybody on this machine can read there. Put the URL "
             f"into the variable {_VARIABLE}, or into a file of yours and give file:PATH. Or leave "
-            "the password out, and have libpq find it: PGPASSFILE, PGPASSWORD, a service"
+            "the password out: libpq has PGPASSFILE and services, redis has REDISCLI_AUTH"
         )
     return value
