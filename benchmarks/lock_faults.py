@@ -68,11 +68,11 @@ threading.Thread(target=listen, daemon=True).start()
 def tell_loss(env):
     while not env.lock_lost:
         time.sleep(0.002)
-    print("lost", time.monotonic(), flush=True)
+    os.write(1, f"lost {time.monotonic()}\\n".encode())
 
 hardware = SimpleNamespace(allow_process_kill=False, lock_file_path=lock_path)
 with managed_environment(SimpleNamespace(hardware=hardware), manager=manager) as env:
-    print("held", time.monotonic(), env.fence, flush=True)
+    os.write(1, f"held {time.monotonic()} {env.fence}\\n".encode())
     threading.Thread(target=tell_loss, args=(env,), daemon=True).start()
     fence = env.fence
     while True:
