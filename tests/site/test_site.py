@@ -1,16 +1,19 @@
-"""The documentation site in a real browser: every page, at the width of a desk and of a phone."""
+"""The site and the timeline of the history in a real browser, on a desk and on a phone."""
 
 from __future__ import annotations
 
 import functools
+import html
 import http.server
+import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -33,10 +36,11 @@ DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 STICKING_OUT = """() => {
   const width = document.documentElement.clientWidth;
   if (document.scrollingElement.scrollWidth <= width) return [];
-  return [...document.querySelectorAll("main *")]
+  return [...document.querySelectorAll("body *")]
     .filter((one) => one.getBoundingClientRect().right > width + 1)
     .map((one) => one.outerHTML.slice(0, 120));
 }"""
+COMMAND = Path(sys.executable).with_name("orchard-infra")
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +83,36 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-class Page(HTMLParser):
+class Page:
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.anchors: set[str] = set()
-        self.feed(path.read_text("utf-8"))
+        # In a listing the quotation marks are escaped.
+        text = path.read_text("utf-8")
+        self.links = {html.unescape(one) for one in re.findall(r'\b(?:href|src)="([^"]+)"', text)}
+        self.anchors = {html.unescape(one) for one in re.findall(r'\b(?:id|name)="([^"]+)"', text)}
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        for name, value in attributes:
-            if value and name in ("href", "src"):
-                self.links.append(value)
-            elif value and name in ("id", "name"):
-                self.anchors.add(value)
+
+class Watch:
+    """What a tab complains about, and what it asks others for."""
+
+    def __init__(self, tab: Any, address: str) -> None:
+        self.noise: list[str] = []
+        self.address = address
+        tab.on("console", self.hear)
+        tab.on("pageerror", lambda error: self.noise.append(str(error)))
+        tab.on("request", self.see)
+        tab.on("response", self.judge)
+
+    def hear(self, said: Any) -> None:
+        if said.type in ("error", "warning"):
+            self.noise.append(f"{said.text} {said.location}")
+
+    def see(self, request: Any) -> None:
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.noise.append(f"from elsewhere: {request.url}")
+
+    def judge(self, response: Any) -> None:
+        if response.status >= 400:
+            self.noise.append(f"{response.status}: {response.url}")
 
 
 def pages(site: Path) -> list[str]:
@@ -121,36 +142,79 @@ def test_every_link_leads_to_a_page_and_a_heading(site: Path) -> None:
     assert not broken
 
 
-def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
-    foreign = []
-    for page in pages(site):
-        text = (site / page).read_text("utf-8")
-        for line in text.splitlines():
-            if "://" in line and ("<script src=" in line or "stylesheet" in line or "<img" in line):
-                foreign.append(f"{page}: {line.strip()[:120]}")
-    assert not foreign
+def test_no_page_shows_a_word_to_the_tests(site: Path) -> None:
+    shown = [page for page in pages(site) if not page.startswith("source/")]
+    directive = re.compile(r"(?:<|&lt;)!--\s*(?:not run|before):")
+    assert not [page for page in shown if directive.search((site / page).read_text("utf-8"))]
+
+
+def test_pages_are_whole_and_quiet(browser: Any, address: str, site: Path) -> None:
+    """No error on the console, nothing from elsewhere, and nothing wider than the window."""
+    tab = browser.new_page()
+    # Each page would read the whole index of the search, which takes longer than all the rest.
+    index = json.loads((site / "search" / "search_index.json").read_text("utf-8"))
+    short = json.dumps({**index, "docs": index["docs"][:1]})
+    tab.route("**/search_index.json", lambda route: route.fulfill(body=short))
+    watch = Watch(tab, address)
+    wide: list[str] = []
+    # Of the listings of sources, which are all made alike, one will do.
+    shown = [page for page in pages(site) if not page.startswith("source/")]
+    listings = [page for page in pages(site) if page.startswith("source/")]
+    for page in shown + listings[:1]:
+        tab.set_viewport_size(DESK)
+        tab.goto(address + page)
+        assert tab.locator("h1").count() >= 1, page
+        for size in (DESK, PHONE):
+            tab.set_viewport_size(size)
+            wide += [f"{page}, {size}: {one}" for one in tab.evaluate(STICKING_OUT)]
+    tab.close()
+    assert not watch.noise
+    assert not wide
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_pages_are_whole_and_quiet(browser: Any, address: str, site: Path, size: Any) -> None:
-    """No error on the console, no request that fails, and nothing wider than the window."""
-    context = browser.new_context(viewport=size)
-    tab = context.new_page()
-    noise: list[str] = []
-    tab.on("console", lambda said: noise.append(said.text) if said.type == "error" else None)
-    tab.on("pageerror", lambda error: noise.append(str(error)))
-    tab.on("requestfailed", lambda request: noise.append(f"not fetched: {request.url}"))
-    wide: list[str] = []
-    # Of the listings of sources, which are all made alike, one will do.
-    seen = [page for page in pages(site) if not page.startswith("source/")]
-    listings = [page for page in pages(site) if page.startswith("source/")]
-    for page in seen + listings[:1]:
-        tab.goto(address + page)
-        wide += [f"{page}: {one}" for one in tab.evaluate(STICKING_OUT)]
-        assert tab.locator("h1").count() >= 1, page
-    context.close()
-    assert not noise
+def test_the_timeline_of_the_history_is_whole_and_quiet(
+    browser: Any, tmp_path: Path, size: Any
+) -> None:
+    pytest.importorskip("rich", reason="needs the extra cli, not installed")
+    timeline = tmp_path / "history.html"
+    _write_history(tmp_path / "orchard")
+    command = [COMMAND, "history", "--html", timeline]
+    environ = {**os.environ, "ORCHARD_INFRA_DIR": str(tmp_path / "orchard")}
+    subprocess.run(command, env=environ, check=True)
+    tab = browser.new_page(viewport=size)
+    watch = Watch(tab, timeline.as_uri())
+    tab.goto(timeline.as_uri())
+    assert "imagenet" in tab.locator("body").inner_text()
+    wide = tab.evaluate(STICKING_OUT)
+    tab.close()
+    assert not watch.noise
     assert not wide
+
+
+def _write_history(directory: Path) -> None:
+    """The runs of the picture in the documentation."""
+    path = ROOT / "scripts" / "make_history_picture.py"
+    spec = importlib.util.spec_from_file_location("make_history_picture", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.write_history(directory)
+
+
+def test_the_commands_of_a_block_are_copied_without_prompts_and_output(
+    browser: Any, address: str
+) -> None:
+    context = browser.new_context(viewport=DESK, permissions=["clipboard-read", "clipboard-write"])
+    tab = context.new_page()
+    tab.goto(address + "tutorial.html")
+    block = tab.locator("div.highlight", has_text="pid 4711 begins").first
+    block.hover()
+    block.locator("button[data-md-type=copy]").click()
+    copied = tab.evaluate("() => navigator.clipboard.readText()")
+    context.close()
+    assert copied.strip() == "python examples/tutorial.py"
 
 
 def test_a_reader_clicks_from_the_start_to_a_guarantee_and_its_test(
