@@ -34,9 +34,10 @@ $(INSTALLED): pyproject.toml requirements-dev.txt requirements-test.txt
 	$(PIP) -r requirements-dev.txt -e .
 	touch $@
 
-$(FRAMEWORKS): $(INSTALLED) requirements-frameworks.txt
+$(FRAMEWORKS): $(INSTALLED) requirements-frameworks.txt requirements-orchard.txt
 	@echo "Installing the frameworks that some tests drive"
 	$(PIP) -r requirements-frameworks.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/orchard-ml -r requirements-orchard.txt
 	touch $@
 
 $(DOCS): $(INSTALLED) requirements-docs.txt
