@@ -32,7 +32,7 @@ Examples:
   orchard-infra run -p digits -- python train.py --lr 0.1
   orchard-infra run -p digits --wait -- torchrun --nproc-per-node 2 train.py
   orchard-infra run --lock-file data/a.lock --report run.json -- ./train.sh
-  orchard-infra run -p digits --lock-url postgresql://db/locks -- python train.py
+  orchard-infra run -p digits --lock-url postgresql://db/locks -- ./train.sh
 """
 
 
@@ -91,7 +91,7 @@ _FOREVER = "for ever"
 @click.option(
     "--lock-file", metavar="PATH", callback=_lock_path, help="Hold this lock, in place of -p."
 )
-@lock_url_option("Hold the lock on this server as well: hosts that share one exclude each other.")
+@lock_url_option("Hold the lock on this server, too, against other hosts.")
 @click.option(
     "--wait",
     is_flag=False,
