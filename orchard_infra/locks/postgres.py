@@ -338,8 +338,8 @@ class PostgresLease:
 
     def release(self) -> None:
         """See `Lease.release`. A server that cannot be reached frees the lock by itself."""
-        if self._released or self._session is None or self._pid != os.getpid():
-            self._released = True
+        is_over = self._released and self._session is None
+        if is_over or self._fence == 0 or self._pid != os.getpid():
             return
         with uninterrupted():
             self._released = True
@@ -352,20 +352,24 @@ class PostgresLease:
 
     def _give_back(self) -> None:
         session, self._session = self._session, None
-        if session is None:
-            return
-        try:
-            # Closing alone frees it too, but some time after the release.
-            session.unlock(self._names, within=_BRIEF)
-        except InfrastructureError as error:
+        failure = None
+        if session is not None:
+            try:
+                # Closing alone frees it too, but some time after the release.
+                session.unlock(self._names, within=_BRIEF)
+            except InfrastructureError as error:
+                failure = str(error)
+            finally:
+                session.close()
+        elif self._lost is None:
+            failure = "its server could not be reached"
+        if failure is not None:
             _logger.warning(
                 "the lock %s could not be given back: %s. Its server frees it by itself when it "
                 "sees that the connection is closed",
                 self._where,
-                error,
+                failure,
             )
-        finally:
-            session.close()
 
     def _confirm(self, *, unless_recent: bool = False) -> None:
         self._refuse_without_lock()
@@ -381,7 +385,7 @@ class PostgresLease:
                 with interruptible():
                     self._ask_server()
             finally:
-                if self._released:  # meanwhile, and `release` did not wait
+                if self._released and self._session is not None:  # `release` did not wait for us
                     self._give_back()
                 self._mutex.release()
 
@@ -418,7 +422,7 @@ class PostgresLease:
         if session is not None:
             try:
                 self._check(session)
-                self._confirmed_at = server.now()
+                self._confirmed_at, self._suspect_since = server.now(), None
                 return
             except Unreachable as error:
                 # From now on, however long the first try to take it back lasts.

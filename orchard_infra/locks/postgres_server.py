@@ -179,7 +179,7 @@ def connect(
 def _connect(settings: Mapping[str, str], where: str, table: str, answer: float) -> Session:
     psycopg = import_psycopg()
     failure: InfrastructureError
-    connection = None
+    connection: Any = None
     try:
         with interruptible():
             connection = psycopg.connect(autocommit=True, prepare_threshold=None, **settings)
@@ -187,7 +187,7 @@ def _connect(settings: Mapping[str, str], where: str, table: str, answer: float)
     except (psycopg.Error, UnicodeError, OSError) as error:
         failure = _connection_error(error, where, settings)
     except BaseException:
-        if connection is not None:
+        if hasattr(connection, "pgconn"):  # else the session has it, and closes it
             connection.close()
         raise
     # Outside of the handler: psycopg's own error, in its context, may show more than ours.

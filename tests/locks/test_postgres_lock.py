@@ -31,6 +31,7 @@ from orchard_infra import (
     InfrastructureManager,
     LockKey,
     LockLostError,
+    LockSuspectError,
     PostgresLock,
     managed_environment,
 )
@@ -671,6 +672,35 @@ def test_a_ctrl_c_at_any_line_of_verifying_does_not_cost_the_lock(url: str) -> N
 
     assert interrupted_at_every_line(lease.verify, lease.verify) > 20
     assert lease._session is session
+    lease.release()
+
+
+def test_a_ctrl_c_at_any_line_of_taking_it_back_only_delays_that(
+    postgres: PostgresServer, url: str
+) -> None:
+    lock = PostgresLock(url, grace=60)
+    lease = take(lock)
+
+    def break_and_verify() -> None:
+        with socket.socket(fileno=os.dup(lease.watched_fd)) as broken:
+            broken.shutdown(socket.SHUT_RDWR)
+        lease.verify()
+
+    def is_confirmed() -> bool:
+        with contextlib.suppress(LockSuspectError):
+            lease.verify()
+            return True
+        return False
+
+    def confirm() -> None:
+        wait_until(is_confirmed)
+        assert lease.interval == lock.interval
+
+    assert interrupted_at_every_line(break_and_verify, confirm) > 50
+    wait_until(lambda: sessions(postgres, url) == 1)
+    held = lock.holder_now(key_of())
+    assert held is not None
+    assert held.fence == lease.fence
     lease.release()
 
 
