@@ -31,7 +31,13 @@ IMAGE = ROOT / "docs" / "images" / "site.png"
 SIZES = {"desk": {"width": 1280, "height": 900}, "phone": {"width": 390, "height": 844}}
 COLOURS = ("light", "dark")
 # The browser asks nobody; it runs as root in a container.
-ALONE = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync")
+ALONE = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-sync",
+)
 
 
 def main() -> None:

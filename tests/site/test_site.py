@@ -20,12 +20,16 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("site")  # which is built once
+
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 # The browser asks nobody but our server.
 ALONE = [
     "--no-sandbox",  # it runs as root in a container
     "--disable-gpu",
+    "--disable-dev-shm-usage",  # which is small in a container
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
@@ -36,9 +40,11 @@ DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 STICKING_OUT = """() => {
   const width = document.documentElement.clientWidth;
   if (document.scrollingElement.scrollWidth <= width) return [];
-  return [...document.querySelectorAll("body *")]
+  const found = [...document.querySelectorAll("body *")]
     .filter((one) => one.getBoundingClientRect().right > width + 1)
+    .filter((one) => !one.closest("pre, table"))
     .map((one) => one.outerHTML.slice(0, 120));
+  return found.length ? found.slice(0, 5) : ["a block of code, or a table"];
 }"""
 COMMAND = Path(sys.executable).with_name("orchard-infra")
 
@@ -168,8 +174,7 @@ def test_pages_are_whole_and_quiet(browser: Any, address: str, site: Path) -> No
             tab.set_viewport_size(size)
             wide += [f"{page}, {size}: {one}" for one in tab.evaluate(STICKING_OUT)]
     tab.close()
-    assert not watch.noise
-    assert not wide
+    assert watch.noise + wide == []
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
@@ -188,8 +193,7 @@ def test_the_timeline_of_the_history_is_whole_and_quiet(
     assert "imagenet" in tab.locator("body").inner_text()
     wide = tab.evaluate(STICKING_OUT)
     tab.close()
-    assert not watch.noise
-    assert not wide
+    assert watch.noise + wide == []
 
 
 def _write_history(directory: Path) -> None:
