@@ -10,10 +10,9 @@ the next: each has a turn, and rank 0 has to be in the same one, or further.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import attrs
 
@@ -78,24 +77,26 @@ class Job:
         """Rank 0 did not get the lock. Tell the other ranks, also those that come later."""
         self._leave(Notice.of(error, self.record))
 
-    @contextlib.contextmanager
-    def last(self) -> Iterator[None]:
-        """Rank 0 leaves this when the other ranks on this host have left their environments, or a
-        bounded time has passed. A rank that has left, and whose program goes on, does not count.
+    def may_have_ranks(self) -> bool:
+        """Whether there may be other ranks. It is to be asked at the end: Lightning makes a rank of
+        a plain process while that is in its environment.
+        """
+        return self.record.job is not None or not is_plain()
+
+    def leave(self, error: BaseException | None) -> None:
+        """Rank 0 leaves last: this returns when the other ranks on this host have left their
+        environments, or a bounded time has passed. A rank that has left, and whose program goes on,
+        does not count. ``error`` is what rank 0 ended with.
         """
         notice, seconds = Notice(self.record, "left"), _OTHERS_WITHIN
-        try:
-            yield
-        except BaseException as error:
+        if error is not None:
             notice = Notice.at_end(error, self.record)
             if isinstance(error, Exception):
                 seconds = _AFTER_AN_ERROR
-            raise
+        try:
+            self._wait_for_others(seconds)
         finally:
-            try:
-                self._wait_for_others(seconds)
-            finally:
-                self._leave(notice)
+            self._leave(notice)
 
     def _leave(self, notice: Notice) -> None:
         if self.record.job is None:
@@ -106,9 +107,6 @@ class Job:
             self.logger.warning("the other ranks are not told of rank 0: %s", failure)
 
     def _wait_for_others(self, seconds: float) -> None:
-        # Lightning makes a rank of a plain process while that is in its environment.
-        if self.record.job is None and is_plain():
-            return
         deadline = time.monotonic() + seconds
         while others := [run for run in self._other_runs() if self._is_led_by_us(run)]:
             if time.monotonic() > deadline:

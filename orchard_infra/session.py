@@ -25,7 +25,7 @@ from orchard_infra.exits import Exits
 from orchard_infra.following import Job, next_turn
 from orchard_infra.launch import Launch, is_same_job
 from orchard_infra.locks import queue
-from orchard_infra.locks.acquiring import Pause, acquiring
+from orchard_infra.locks.acquiring import Pause, acquiring, give_back
 from orchard_infra.locks.base import (
     Lease,
     Lock,
@@ -86,6 +86,7 @@ class Session:
     pid: int = attrs.field(factory=os.getpid, init=False)
     thread: int = attrs.field(factory=threading.get_ident, init=False)
     env: Environment = attrs.field(init=False)
+    _key: LockKey = attrs.field(init=False)
     _exits: Exits = attrs.field(init=False)
     _registration: Registration | None = attrs.field(default=None, init=False)
     _reserves: bool = attrs.field(default=False, init=False)
@@ -94,6 +95,7 @@ class Session:
 
     def __attrs_post_init__(self) -> None:
         self._exits = Exits(self.logger)
+        self._key = LockKey(self.settings.project, self.settings.lock_path)
 
     # Into the environment.
 
@@ -188,9 +190,7 @@ class Session:
             is_foreign = not type(strategy).__module__.startswith("orchard_infra.")
             self._exits.enter(name, strategy.around(self.env), is_foreign=is_foreign)
 
-    def _until_stopped(
-        self, steps: Generator[Pause, None, None]
-    ) -> Generator[Pause, None, None]:
+    def _until_stopped(self, steps: Generator[Pause, None, None]) -> Generator[Pause, None, None]:
         """Wait no longer once a signal has asked the run to stop. One that has not begun sees no
         flag, and has nothing to save.
         """
@@ -205,7 +205,7 @@ class Session:
         env = self.env
 
         def keep(lease: Lease) -> None:
-            self._exits.callback("lock", lease.release)
+            self._exits.callback("lock", functools.partial(give_back, lease))
             env._lease = lease
             for part in parts_of(lease):
                 keeper = Keeper(part, env.lose, self.logger)
@@ -230,8 +230,14 @@ class Session:
         if lease is not None and any(map(is_remote, parts_of(lease))):
             # A server has given it with the lock; a file draws its fence when it is asked for.
             env.run = attrs.evolve(env.run, fence=lease.fence)
-        self._exits.enter("ranks of this job", job.last())
+        self._exits.callback("ranks of this job", functools.partial(self._leave_last, job))
         env.report.waited_seconds = time.perf_counter() - began
+
+    def _leave_last(self, job: Job) -> None:
+        if job.may_have_ranks():
+            self._exits.attempt(
+                "ranks of this job", functools.partial(job.leave, self._exits.error)
+            )
 
     def _ready(self) -> None:
         with uninterrupted():
@@ -373,10 +379,6 @@ class Session:
         return [*files, *(fd for part in parts if (fd := getattr(part, "watched_fd", -1)) >= 0)]
 
     # What the steps need.
-
-    @property
-    def _key(self) -> LockKey:
-        return LockKey(self.settings.project, self.settings.lock_path)
 
     def _count_turn(self) -> int:
         """Which environment of this project this is for this process, a rank of a job perhaps."""

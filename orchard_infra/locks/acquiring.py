@@ -427,6 +427,16 @@ def _this_owner() -> _Owner:
     return weakref.ref(threading.current_thread()), None if task is None else weakref.ref(task)
 
 
+def give_back(lease: Lease) -> None:
+    """Release a lease, and forget which thread has it.
+
+    A session is a circle of references: until it is collected its lease is there, and with each
+    one that is remembered the next attempt takes longer.
+    """
+    lease.release()
+    _owners.pop(lease.record.run_id, None)
+
+
 def _goes_on(task: weakref.ref[Any] | None) -> bool:
     """Whether an asyncio task may still give its lock back. Each cell of a notebook is a task."""
     running = None if task is None else task()
