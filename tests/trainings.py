@@ -9,6 +9,7 @@ assert script.finish() == 0
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -36,6 +37,22 @@ def example(
 ) -> ForkedScript:
     """Start an example, in a process group of its own."""
     return server.run_python(tmp_path, _AS_MAIN, str(EXAMPLES / name), *arguments, name=runs_as)
+
+
+def pid_of(script: Script, rank: int) -> int:
+    """The pid of a rank, once it is in training. Lines of several ranks may be mixed up."""
+    line = script.wait_for(f"rank {rank} (pid")
+    match = re.search(rf"rank {rank} \(pid (\d+)\)", line)
+    assert match is not None, line
+    return int(match[1])
+
+
+def stopped_after(script: Script) -> int:
+    """After how many steps it was stopped, with a checkpoint."""
+    line = script.wait_for("stopped (")
+    match = re.search(r"stopped \(.*\) after (\d+) steps", line)
+    assert match is not None, line
+    return int(match[1])
 
 
 def end(script: Script, how: str) -> None:

@@ -83,6 +83,7 @@ def main() -> int:
                 use_cpu=True,
                 max_steps=options.steps,
                 dataloader_num_workers=options.workers,
+                dataloader_persistent_workers=options.workers > 0,
                 save_strategy="no",  # but for a stop
                 report_to="none",
                 disable_tqdm=True,

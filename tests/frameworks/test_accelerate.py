@@ -12,7 +12,7 @@ import pytest
 from forking import ForkedScript, ForkServer
 from orchard_infra import EnvironmentLockedError, managed_environment
 from support import is_running, wait_gone
-from trainings import EXAMPLES, end
+from trainings import EXAMPLES, end, pid_of, stopped_after
 
 server: ForkServer
 
@@ -43,31 +43,20 @@ def launch(tmp_path: Path, processes: int, name: str) -> ForkedScript:
     return server.run_python(tmp_path, ACCELERATE, *arguments, name=name)
 
 
-def pids(job: ForkedScript, processes: int) -> list[int]:
-    """Those of its ranks, once all are in training."""
-    lines = [job.wait_for(f"rank {rank} (pid") for rank in range(processes)]
-    return [int(line.split("pid ")[1].split(")")[0]) for line in lines]
-
-
-def steps(job: ForkedScript) -> int:
-    """After how many it has stopped with a checkpoint."""
-    return int(job.wait_for("stopped (").split()[-2])
-
-
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_go_on_there_also_without_their_launcher(
     tmp_path: Path,
 ) -> None:
     first = launch(tmp_path, 2, "first.py")
-    ranks = pids(first, 2)
+    ranks = [pid_of(first, rank) for rank in (0, 1)]
     end(first, "SIGTERM")  # torchrun's agent passes it on
     assert first.finish() != 0, first.transcript()  # and says that it was stopped
     wait_gone(ranks)
 
     second = launch(tmp_path, 2, "second.py")
-    ranks = pids(second, 2)
+    ranks = [pid_of(second, rank) for rank in (0, 1)]
     for rank in (0, 1):
-        second.wait_for(f"rank {rank} goes on from step {steps(first)}")
+        second.wait_for(f"rank {rank} goes on from step {stopped_after(first)}")
     end(second, "kill -9")
     second.finish()
     # They train on, and nobody takes the lock from them.
@@ -78,16 +67,16 @@ def test_two_processes_stop_at_the_same_step_and_go_on_there_also_without_their_
     # Each is the leader of a group, in which the workers of its DataLoader are.
     os.killpg(ranks[1], signal.SIGINT)
     wait_gone(ranks)
-    assert steps(second) > steps(first)
+    assert stopped_after(second) > stopped_after(first)
 
 
 @pytest.mark.slow
 def test_the_launcher_of_one_process_does_not_pass_a_sigterm_on(tmp_path: Path) -> None:
     job = launch(tmp_path, 1, "job.py")
-    [rank] = pids(job, 1)
+    rank = pid_of(job, 0)
     end(job, "SIGTERM")
     assert job.finish() == -15
     assert is_running(rank)
     end(job, "SIGTERM to the group")  # as a scheduler would have done
     wait_gone([rank])
-    assert steps(job)
+    assert stopped_after(job)

@@ -75,11 +75,11 @@ class Submitted:
 
         return wait_until(lines, what=lambda: f"{text!r}\n{self.transcript()}")
 
-    def start(self, number: int = 1) -> tuple[psutil.Process, int]:
-        """The process of the task that was started for the nth time, and where it went on."""
+    def start(self, number: int = 1) -> tuple[int, int]:
+        """The pid of the task that was started for the nth time, and where it went on."""
         match = re.search(r"pid (\d+) goes on from step (\d+)", self.wait_for("pid ", number)[-1])
         assert match is not None
-        return psutil.Process(int(match[1])), int(match[2])
+        return int(match[1]), int(match[2])
 
     def transcript(self) -> str:
         return f"{self.script.transcript()}\njob:\n{self.output}"
@@ -96,12 +96,12 @@ def test_submitits_signal_saves_requeues_and_goes_on_and_a_sigterm_saves_and_end
     task, step = job.start()
     assert step == 0
 
-    task.send_signal(signal.SIGUSR2)  # as submitit's controller does before a timeout
+    os.kill(task, signal.SIGUSR2)  # as submitit's controller does before a timeout
     task, step = job.start(2)
     assert job.wait_for("saved after step")[0].split()[-1] == str(step)
     job.wait_for("Requeued job")
 
-    task.send_signal(signal.SIGTERM)
+    os.kill(task, signal.SIGTERM)
     assert job.script.finish() == 0, job.transcript()
     last = job.wait_for("saved after step", 2)[-1].split()[-1]
     assert f"steps {step} to {last}" in job.script.output
@@ -114,8 +114,8 @@ def test_a_job_that_is_cancelled_saves_and_a_killed_one_is_followed_by_the_next(
 ) -> None:
     killed = Submitted(run_python(tmp_path, EXAMPLE, "--steps", "100000000"), tmp_path)
     task, _ = killed.start()
-    controller = task.ppid()
-    task.kill()
+    controller = psutil.Process(task).ppid()
+    os.kill(task, signal.SIGKILL)
     wait_gone([controller])  # it starts no other one
     assert lock(runtime_directory).exists()
 
@@ -124,8 +124,8 @@ def test_a_job_that_is_cancelled_saves_and_a_killed_one_is_followed_by_the_next(
     job = Submitted(run_python(again, EXAMPLE, "--steps", "100000000"), again)
     task, _ = job.start()
     # What job.cancel() does, and Ctrl-C. The controller passes it on, and kills 1 s later.
-    os.kill(task.ppid(), signal.SIGINT)
-    wait_gone([task.pid])
+    os.kill(psutil.Process(task).ppid(), signal.SIGINT)
+    wait_gone([task])
     job.wait_for("saved after step")
     assert not lock(runtime_directory).exists()
 
@@ -135,14 +135,14 @@ def test_without_the_context_manager_submitit_decides_what_a_signal_does(
 ) -> None:
     job = Submitted(run_python(tmp_path, PLAIN, "1"), tmp_path)
     task, _ = job.start()
-    task.send_signal(signal.SIGTERM)
+    os.kill(task, signal.SIGTERM)
     job.wait_for("Bypassing signal SIGTERM")
-    task.send_signal(signal.SIGUSR2)
+    os.kill(task, signal.SIGUSR2)
     task, _ = job.start(2)  # the lock was given back in between
     job.wait_for("checkpoint is called")
     assert "told" not in job.output
 
-    task.send_signal(signal.SIGINT)
+    os.kill(task, signal.SIGINT)
     job.wait_for("told")
     assert job.script.finish() == 0, job.transcript()
     assert not lock(runtime_directory).exists()
