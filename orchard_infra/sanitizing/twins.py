@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 import attrs
-import psutil
 
 from orchard_infra.runs.environ import comparable, environment_digest
 from orchard_infra.runs.membership import is_ours
@@ -241,6 +240,8 @@ class Progress:
 
 def _processor_time(pid: int) -> float | None:
     """The processor time that a process has used, in seconds; None when it is gone."""
+    import psutil
+
     try:
         times = psutil.Process(pid).cpu_times()
     except (psutil.Error, OSError):

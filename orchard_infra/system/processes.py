@@ -4,7 +4,8 @@ Everything here only looks. A process can end between two looks, so every reader
 (or nothing) for a process that is gone or not ours to read, and never raises for it.
 
 Linux is read straight from proc(5), since a prepare looks at every process of the machine;
-psutil serves every other platform, and every question that is asked about few processes.
+psutil serves every other platform. It is loaded where it is asked: a program that does nothing
+under a lock would take a tenth longer.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import os
 import re
 import sys
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import attrs
-import psutil
+
+if TYPE_CHECKING:
+    import psutil
+
+_Answer = TypeVar("_Answer")
 
 _LINUX = sys.platform == "linux"
 _TICKS = os.sysconf("SC_CLK_TCK") if _LINUX else 0
@@ -36,7 +41,8 @@ class ProcessIdentity:
 
     ``create_time`` is in seconds: since the boot on Linux (field 22 of ``/proc/PID/stat``), where
     it does not move when the clock is set; since the epoch elsewhere. Compare it for equality
-    only, and across machines not at all.
+    only, and across machines or time namespaces not at all: the kernel adds the offset of whoever
+    reads it, see time_namespaces(7).
     """
 
     pid: int
@@ -66,7 +72,7 @@ class Row(NamedTuple):
 def read_stat(pid: int) -> Stat | None:
     """The state, parent and create time of a process; None when there is no such process."""
     if not _LINUX:
-        return _psutil_stat(pid)
+        return _ask_psutil(_stat_of, pid)
     data = _read(f"/proc/{pid}/stat")
     if data is None:
         return None
@@ -99,15 +105,31 @@ def is_alive(identity: ProcessIdentity) -> bool:
 def is_gone(identity: ProcessIdentity) -> bool:
     """Whether this process is *proven* dead: gone, defunct, or its pid belongs to another one.
 
+    A process in another time namespace may be the one that had another create time before: CRIU
+    restores a process into a namespace of its own.
+    """
+    if is_alive(identity):
+        return False
+    if is_vacant(identity.pid):
+        return True
+    stat = read_stat(identity.pid)
+    if stat is None or stat.create_time == identity.create_time:
+        return False
+    return time_namespace(identity.pid) in (0, own_time_namespace())
+
+
+def is_vacant(pid: int) -> bool:
+    """Whether it is *proven* that no process runs under this pid; a defunct one does not.
+
     That /proc does not show it proves nothing: with ``hidepid=2`` it hides the processes of other
     users, and without a free descriptor nothing can be read. kill(2) knows hidden processes, too.
     """
-    stat = read_stat(identity.pid)
+    stat = read_stat(pid)
     if stat is None:
-        if not _exists(identity.pid):
+        if not _exists(pid):
             return True
-        stat = read_stat(identity.pid)  # it may have started just now
-    return stat is not None and (stat.create_time != identity.create_time or is_defunct(stat))
+        stat = read_stat(pid)  # it may have started just now
+    return stat is not None and is_defunct(stat)
 
 
 def is_running(pid: int) -> bool:
@@ -153,6 +175,8 @@ def session_of(pid: int) -> int | None:
 def all_pids() -> list[int]:
     """The pids of every process that can be seen from here."""
     if not _LINUX:
+        import psutil
+
         return psutil.pids()
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
@@ -163,7 +187,8 @@ def read_cmdline(pid: int) -> bytes:
     Defunct processes and kernel threads have none. A process may overwrite its own.
     """
     if not _LINUX:
-        return b"".join(os.fsencode(word) + b"\0" for word in _psutil_cmdline(pid))
+        words = _ask_psutil(lambda process: process.cmdline(), pid) or ()
+        return b"".join(os.fsencode(word) + b"\0" for word in words)
     return _read(f"/proc/{pid}/cmdline") or b""
 
 
@@ -210,7 +235,7 @@ def value_in(environ: bytes | None, variable: str) -> str | None:
 def raw_environ(pid: int) -> bytes | None:
     """What `read_environ` decodes: ``NAME=value`` entries, each ended by a NUL."""
     if not _LINUX:
-        environ = _psutil_environ(pid)
+        environ = _ask_psutil(lambda process: process.environ(), pid)
         if environ is None:
             return None
         return b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environ.items())
@@ -219,11 +244,11 @@ def raw_environ(pid: int) -> bytes | None:
 
 def read_cwd(pid: int) -> str | None:
     """The working directory of a process; None where we may not know it, or it was removed."""
+    if not _LINUX:
+        return _ask_psutil(lambda process: process.cwd(), pid) or None
     try:
-        if not _LINUX:
-            return psutil.Process(pid).cwd() or None
         cwd = os.readlink(f"/proc/{pid}/cwd")
-    except (psutil.Error, OSError):
+    except OSError:
         return None
     return None if cwd.endswith(" (deleted)") else cwd
 
@@ -234,11 +259,12 @@ def owner_of(pid: int) -> int | None:
     A process that may not be traced shows as root's, see proc(5): good enough to leave out what
     is not ours, and no proof that something is.
     """
+    if not _LINUX:
+        uids = read_uids(pid)
+        return None if uids is None else uids[1]
     try:
-        if not _LINUX:
-            return int(psutil.Process(pid).uids().effective)
         return os.stat(f"/proc/{pid}").st_uid
-    except (psutil.Error, OSError, AttributeError):
+    except OSError:
         return None
 
 
@@ -249,11 +275,8 @@ def read_uids(pid: int) -> tuple[int, int] | None:
         _, found, rest = status.partition(b"\nUid:")
         ids = rest.split(None, 2)
         return (int(ids[0]), int(ids[1])) if found else None
-    try:
-        uids = psutil.Process(pid).uids()
-    except (psutil.Error, OSError, AttributeError):
-        return None
-    return uids.real, uids.effective
+    uids = _ask_psutil(lambda process: process.uids(), pid)
+    return None if uids is None else (uids.real, uids.effective)
 
 
 def pid_namespace(pid: int | str = "self") -> int:
@@ -298,6 +321,22 @@ def is_own_pid_namespace(namespace: int) -> bool:
     return namespace == own_pid_namespace() and (namespace != 0 or not _LINUX)
 
 
+def time_namespace(pid: int | str = "self") -> int:
+    """The inode of the time namespace whose clock a process reads; 0 where there is none or we may
+    not know.
+    """
+    try:
+        return os.stat(f"/proc/{pid}/ns/time").st_ino
+    except OSError:
+        return 0
+
+
+@functools.cache
+def own_time_namespace() -> int:
+    """`time_namespace` of this process: create times that it reads are on that clock."""
+    return time_namespace()
+
+
 @functools.cache
 def boot_id() -> str:
     """The kernel's name for this boot; empty where it has none. See random(4)."""
@@ -336,7 +375,7 @@ def table() -> dict[int, Row]:
     found: dict[int, Row] = {}
     for pid in all_pids():
         if not _LINUX:
-            stat = _psutil_stat(pid)
+            stat = _ask_psutil(_stat_of, pid)
             if stat is not None and not is_defunct(stat):
                 found[pid] = Row(stat.ppid, stat.create_time, stat.session)
             continue
@@ -528,6 +567,8 @@ def _link(path: str) -> str:
 def _exists(pid: int) -> bool:
     """Whether there is a process with this pid, also one that /proc hides from us."""
     if not _LINUX:
+        import psutil
+
         return psutil.pid_exists(pid)
     try:
         os.kill(pid, 0)
@@ -559,20 +600,26 @@ def _read(path: str) -> bytes | None:
         os.close(fd)
 
 
-def _psutil_stat(pid: int) -> Stat | None:
+def _ask_psutil(question: Callable[[psutil.Process], _Answer], pid: int) -> _Answer | None:
+    """What psutil says of a process; None where it does not say, and when the process is gone."""
+    import psutil
+
     try:
-        process = psutil.Process(pid)
-        with process.oneshot():
-            state = {psutil.STATUS_ZOMBIE: "Z", psutil.STATUS_DEAD: "X", psutil.STATUS_STOPPED: "T"}
-            return Stat(
-                process.name(),
-                state.get(process.status(), "R"),
-                process.ppid(),
-                process.create_time(),
-                session=_getsid(pid),
-            )
-    except (psutil.Error, OSError):
+        return question(psutil.Process(pid))
+    except (psutil.Error, OSError, AttributeError):
         return None
+
+
+def _stat_of(process: psutil.Process) -> Stat:
+    state = {"zombie": "Z", "dead": "X", "stopped": "T"}
+    with process.oneshot():
+        return Stat(
+            process.name(),
+            state.get(process.status(), "R"),
+            process.ppid(),
+            process.create_time(),
+            session=_getsid(process.pid),
+        )
 
 
 def _getsid(pid: int) -> int:
@@ -582,24 +629,11 @@ def _getsid(pid: int) -> int:
         return 0
 
 
-def _psutil_cmdline(pid: int) -> list[str]:
-    try:
-        return psutil.Process(pid).cmdline()
-    except (psutil.Error, OSError):
-        return []
-
-
-def _psutil_environ(pid: int) -> dict[str, str] | None:
-    try:
-        return psutil.Process(pid).environ()
-    except (psutil.Error, OSError):
-        return None
-
-
 def _start_anew() -> None:
-    """In a forked child, which is another process, maybe in another pid namespace."""
+    """In a forked child, which is another process, maybe in another pid or time namespace."""
     own_identity.cache_clear()
     own_pid_namespace.cache_clear()
+    own_time_namespace.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
