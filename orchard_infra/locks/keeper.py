@@ -37,18 +37,20 @@ class Keeper:
     logger: logging.Logger
     _task: Task = attrs.field(init=False)
     _thread: threading.Thread | None = attrs.field(default=None, init=False)
-    _wake: tuple[int, int] = attrs.field(default=(-1, -1), init=False)  # a pipe; closed to stop
+    _wake: int = attrs.field(default=-1, init=False)  # the end of a pipe, written to once
     _suspect: bool = attrs.field(default=False, init=False)
+    _is_stopping: bool = attrs.field(default=False, init=False)
+    _is_over: bool = attrs.field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self._task = Task(self._keep)
 
     def start(self) -> None:
         if is_remote(self.lease):
-            self._wake = os.pipe()
+            wakes, self._wake = os.pipe()
             self._thread = threading.Thread(
                 target=self._keep_remote,
-                args=(cast(RemoteLease, self.lease), self._wake[0]),
+                args=(cast(RemoteLease, self.lease), wakes),
                 name="orchard-infra-lock",
                 daemon=True,
             )
@@ -62,8 +64,13 @@ class Keeper:
         if self._thread is None:
             background.remove(self._task)
             return
-        os.close(self._wake[1])
+        self._is_stopping = True
+        # A forked child that lives has a copy of this end, so closing it alone wakes nobody.
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself: the lock is lost
+            os.write(self._wake, b"\0")
+        os.close(self._wake)
         self._thread.join(_STOP_WITHIN)
+        self._is_over = True
 
     def _keep(self) -> None:
         if self._renews():
@@ -74,15 +81,18 @@ class Keeper:
             # One that this thread took would not interrupt a call in which the main thread waits.
             signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         with contextlib.closing(os.fdopen(wake, "rb", buffering=0)):
-            while not _stopped(wake, lease.watched_fd, lease.interval) and self._renews():
-                pass
+            while True:
+                _wait(wake, lease.watched_fd, lease.interval)
+                if self._is_stopping or not self._renews():
+                    return
 
     def _renews(self) -> bool:
         """Renew once; whether it is worth while to go on."""
         try:
             self.lease.renew()
         except LockLostError as error:
-            self.on_lost(error)
+            if not self._is_over:  # else it was given back while this renewal took its time
+                self.on_lost(error)
             return False
         except LockSuspectError as error:
             if not self._suspect:
@@ -98,19 +108,15 @@ class Keeper:
         return True
 
 
-def _stopped(wake: int, watched: int, seconds: float) -> bool:
-    """Wait until it is time to renew; whether the keeper was stopped meanwhile."""
+def _wait(wake: int, watched: int, seconds: float) -> None:
+    """Wait until it is time to renew, or until one of the descriptors is ready."""
     import select
 
     if sys.platform == "win32":
         time.sleep(min(seconds, 0.5))
-        return False
+        return
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     if watched >= 0:
         poll.register(watched, select.POLLIN)
-    try:
-        ready = poll.poll(max(0.0, seconds) * 1000)
-    except OSError:
-        return True
-    return any(fd == wake for fd, _ in ready)
+    poll.poll(max(0.0, seconds) * 1000)

@@ -104,3 +104,28 @@ def test_a_run_that_loses_its_lock_stops_by_saving_under_its_own_fence(
         saved.append(env.fenced(tmp_path / "model.pt"))
     assert saved[0] < saved[1]
     assert saved[0].read_text() == "the last step"
+
+
+def test_a_forked_child_that_goes_on_does_not_hold_up_the_release(case: Case, tmp_path) -> None:
+    # It has copies of all descriptors, also of those by which the thread that renews is ended.
+    program = run_python(
+        tmp_path,
+        """
+        import os, sys, threading
+        from orchard_infra import *
+        from orchard_infra.locks.postgres import PostgresLock
+        from orchard_infra.locks.redis import RedisLock
+        manager = InfrastructureManager(locker=eval(sys.argv[1]))
+        reads, writes = os.pipe()
+        with managed_environment("digits", manager=manager) as env:
+            if os.fork() == 0:
+                os.close(writes)
+                os.read(reads, 1)
+                os._exit(0)
+            keepers = [t for t in threading.enumerate() if t.name == "orchard-infra-lock"]
+        print([k.is_alive() for k in keepers], env.lock_lost, env.stop_requested, flush=True)
+        """,
+        # So that no renewal ends it either.
+        case.source.replace("interval=0.2", "interval=60").replace("ttl=6.0, renew=0.2", "ttl=180"),
+    )
+    program.wait_for("[False] False None")
