@@ -45,7 +45,7 @@ _Owner: TypeAlias = tuple["weakref.ref[threading.Thread]", "weakref.ref[Any] | N
 _owners: dict[str, tuple[_Owner, weakref.ref[Lease] | None]] = {}
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Pause:
     """Some seconds to wait, fewer when a descriptor becomes ready meanwhile."""
 
@@ -169,7 +169,7 @@ def acquire(
         raise
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Attempt:
     """The state of one `acquiring`."""
 

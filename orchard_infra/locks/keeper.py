@@ -22,7 +22,7 @@ from orchard_infra.system.background import Task
 _STOP_WITHIN = 10.0  # seconds for a renewal that is under way when the run ends
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Keeper:
     """Renews a lease every ``lease.interval`` seconds, and says once when it is lost.
 

@@ -28,8 +28,8 @@ from orchard_infra.errors import InfrastructureError, LockLostError, LockSuspect
 from orchard_infra.locks import postgres_server as server
 from orchard_infra.locks.base import Held, LockKey
 from orchard_infra.locks.postgres_server import Names, Session, Unreachable
-from orchard_infra.locks.urls import find_url, redacted
-from orchard_infra.runs.record import RunRecord, from_json, to_json
+from orchard_infra.locks.urls import find_url, record_for_others
+from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.system.masking import interruptible, uninterrupted
 from orchard_infra.system.text import printable
 
@@ -204,7 +204,7 @@ class PostgresConnection:
         names = Names.of(name)
 
         def attempt(session: Session) -> PostgresLease | Held:
-            got, fence = session.try_lock(names, _owner(record))
+            got, fence = session.try_lock(names, record_for_others(record))
             if got:
                 return PostgresLease(key, record, self._lock, fence, session)
             holder, is_held = _read(session, names)
@@ -296,7 +296,7 @@ class PostgresLease:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PostgresLease, (self._key, self.record, self._lock)
+        return PostgresLease, (self._key, self.record, attrs.evolve(self._lock, url=None))
 
     @property
     def interval(self) -> float:
@@ -449,7 +449,7 @@ class PostgresLease:
             raise self._lose("its server says that this run does not hold it")
         if fence is None:
             # Somebody has emptied or dropped the table. The lock itself was held all the time.
-            session.sign_again(self._names, self._fence, _owner(self.record))
+            session.sign_again(self._names, self._fence, record_for_others(self.record))
         elif fence != self._fence:
             raise self._lose(f"its fence is {fence}, and not {self._fence}")
 
@@ -511,14 +511,6 @@ class PostgresLease:
             f"within {self._lock.grace:g} s",
             lock_path=str(self._key.path),
         )
-
-
-def _owner(record: RunRecord) -> str:
-    """The record as other hosts see it. A URL in the command may have a password."""
-    argv = tuple(map(redacted, record.argv))
-    if argv != record.argv:
-        record = attrs.evolve(record, argv=argv)
-    return to_json(record).decode()
 
 
 def _read(session: Session, names: Names) -> tuple[RunRecord | None, bool]:

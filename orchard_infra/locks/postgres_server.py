@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from orchard_infra.errors import ConfigurationError, InfrastructureError
-from orchard_infra.locks.urls import redacted
+from orchard_infra.locks.urls import Secret, redacted
 from orchard_infra.system import files
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.text import printable
@@ -186,10 +186,11 @@ def _connect(settings: Mapping[str, str], where: str, table: str, answer: float)
         return Session(connection, where, table, answer)
     except (psycopg.Error, UnicodeError, OSError) as error:
         failure = _connection_error(error, where, settings)
-    except BaseException:
+    except BaseException as error:
         if hasattr(connection, "pgconn"):  # else the session has it, and closes it
             connection.close()
-        raise
+        # The variables of psycopg hold the password.
+        raise error.with_traceback(None) from None
     # Outside of the handler: psycopg's own error, in its context, may show more than ours.
     raise failure
 
@@ -487,7 +488,8 @@ def parse(url: str) -> Mapping[str, str]:
     from psycopg.conninfo import conninfo_to_dict
 
     try:
-        given = {name: str(value) for name, value in conninfo_to_dict(url).items()}
+        # Each of them: where a character is not escaped, a part of the password is in any of them.
+        given = {name: Secret(value) for name, value in conninfo_to_dict(url).items()}
         # A password with a / or ? in it: its parts are in the port and in the database's name.
         if re.fullmatch(r"[\d,]*", given.get("port", "")) and "@" not in given.get("dbname", ""):
             return given

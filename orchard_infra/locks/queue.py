@@ -35,7 +35,7 @@ _SILENT = 5.0  # seconds after which a waiter that does not touch its ticket is 
 _FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Place:
     """The place of one waiter, from ``__enter__`` to ``__exit__``. See `base.Place`."""
 
@@ -106,7 +106,7 @@ class Place:
             before.close()
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Ticket:
     """A FIFO that is open: our own for writing, that of another one for reading."""
 

@@ -30,8 +30,8 @@ from orchard_infra.errors import (
     LockSuspectError,
 )
 from orchard_infra.locks.base import Held, LockKey
-from orchard_infra.locks.urls import REDIS_SCHEMES, find_url, shown
-from orchard_infra.runs.record import RunRecord, from_json, to_json
+from orchard_infra.locks.urls import REDIS_SCHEMES, find_url, record_for_others, shown
+from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.system.masking import interruptible, uninterrupted
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class RedisConnection:
                 name,
                 f"{record.run_id}:{os.urandom(8).hex()}",
                 ttl=self.lock.ttl,
-                record=to_json(record),
+                record=record_for_others(record),
                 guard=self.lock.guard,
             )
             self._for = name, record.run_id

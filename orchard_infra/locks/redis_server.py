@@ -31,7 +31,7 @@ from redis.connection import parse_url
 from redis.retry import Retry
 
 from orchard_infra.errors import ConfigurationError, InfrastructureError
-from orchard_infra.locks.urls import redacted, shown
+from orchard_infra.locks.urls import Secret, redacted, shown
 
 _T = TypeVar("_T")
 
@@ -257,7 +257,7 @@ class FencedLock(redis.lock.Lock):
     """
 
     def __init__(
-        self, server: Server, name: str, token: str, *, ttl: float, record: bytes, guard: bool
+        self, server: Server, name: str, token: str, *, ttl: float, record: str, guard: bool
     ) -> None:
         self.keys = keys_of(name)
         # Not thread-local: a token that only one thread knows cannot be renewed in another one.
@@ -356,6 +356,8 @@ def _client(url: str, seconds: float) -> redis.Redis:
             "rediss:// for TLS, or unix:///path?db=0; in a password, escape other characters than "
             "letters and digits, see urllib.parse.quote"
         )
+    for name in {"password", "ssl_password"} & options.keys():
+        options[name] = Secret(options[name])
     for name in ("retry_on_error", "retry_on_timeout", "health_check_interval"):
         options.pop(name, None)
     options.update(
@@ -368,7 +370,7 @@ def _client(url: str, seconds: float) -> redis.Redis:
     )
     password = os.environ.get("REDISCLI_AUTH")  # redis-cli's own way
     if password and not options.get("password"):
-        options["password"] = password
+        options["password"] = Secret(password)
     wrong = None
     try:
         pool = redis.ConnectionPool(**options)

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
+import attrs
+
 from orchard_infra.errors import ConfigurationError
+from orchard_infra.runs.record import RunRecord, to_json
 
 if TYPE_CHECKING:
     from orchard_infra.locks.base import ServerLock
@@ -32,19 +35,30 @@ _SETTINGS = re.compile(r"\s*\w+\s*=")  # of libpq: host=db dbname=locks, service
 _OPTIONS = re.compile(r"#(\w+=[^@#/]*)$")
 
 
-def find_url(url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> str:
+class Secret(str):
+    """A text that holds a password. Its repr does not: tools that print or send a traceback with
+    its local variables, such as pytest and Sentry, use that.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def find_url(url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> Secret:
     """``url`` itself, or what ORCHARD_INFRA_LOCK_URL says; ``file:PATH``, in either, is the first
     line of that file, so that a password is in no argument and in no variable.
 
     Raises:
         ConfigurationError: There is none, or its file cannot be read.
     """
-    found = url or environ.get(URL_VARIABLE, "")
+    found = Secret(url or environ.get(URL_VARIABLE, ""))
     if found.startswith("file:"):
         path = os.path.expanduser(found[len("file:") :].removeprefix("//"))
         try:
             with open(path, encoding="utf-8") as file:
-                found = file.readline().strip()
+                found = Secret(file.readline().strip())
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise ConfigurationError(f"cannot read the lock's URL from {path}: {reason}") from None
@@ -102,7 +116,7 @@ def _without_options(url: str) -> tuple[str, dict[str, Any]]:
             options[name] = float(value)
         except ValueError:
             options[name] = {"yes": True, "no": False}.get(value, value)
-    return url[: found.start()], options
+    return Secret(url[: found.start()]), options
 
 
 def redacted(text: str) -> str:
@@ -114,6 +128,14 @@ def redacted(text: str) -> str:
     'host=db user=ada password=***'
     """
     return _SETTING.sub(r"\1***", _IN_ADDRESS.sub(r"\1:***@", text))
+
+
+def record_for_others(record: RunRecord) -> str:
+    """A record as it is put on a server, where others read it: without the password of a URL in
+    the run's command.
+    """
+    argv = tuple(map(redacted, record.argv))
+    return to_json(record if argv == record.argv else attrs.evolve(record, argv=argv)).decode()
 
 
 def shown(url: str) -> str:

@@ -184,23 +184,6 @@ def test_the_password_is_nowhere_to_be_seen(
             assert secret not in text
 
 
-def test_a_password_in_the_command_line_is_not_written_to_the_row(
-    postgres: PostgresServer, url: str
-) -> None:
-    record = describe_this_run(
-        "digits", argv=["run", "--url", "redis://:hush@cache/0", "password=a"]
-    )
-    lease = PostgresLock(url).try_acquire(key_of(), record)
-    assert isinstance(lease, PostgresLease)
-
-    found = PostgresLock(url).holder(key_of())
-    lease.release()
-
-    assert found is not None
-    assert found.argv == ("run", "--url", "redis://:***@cache/0", "password=***")
-    assert lease.record is record
-
-
 def assert_hidden(error: BaseException, *secrets: str) -> None:
     """No secret in an error, in its causes and contexts, or in what is printed of them."""
     texts = ["".join(traceback.format_exception(error))]
