@@ -63,7 +63,7 @@ class Look:
         return self._survivors.get(run.record.run_id, ())
 
     def members_of(self, run: RegisteredRun) -> tuple[ProcessIdentity, ...]:
-        """The live processes of a run. None of a run in another pid namespace.
+        """The live processes of a run. None of one in another pid or time namespace.
 
         Of a running or waiting one: its leader, what is below that, and what has left the tree. Of
         one that has ended while its program goes on: what it started. Of a dead one: its survivors.

@@ -437,7 +437,8 @@ def _host_of(process: str) -> str:
 def _this_host() -> str:
     from orchard_infra.system import processes
 
-    return f"{processes.boot_id()}:{processes.pid_namespace()}"
+    # Create times of another time namespace cannot be compared, as if it were another host.
+    return f"{processes.boot_id()}:{processes.pid_namespace()}:{processes.own_time_namespace()}"
 
 
 def _launcher_process(launch: Launch) -> str | None:
@@ -484,7 +485,9 @@ def _mark_of_rank(launch: Launch, environ: Mapping[str, str]) -> tuple[object, .
 
 
 def _identified(pid: int | None) -> str | None:
-    """``BOOT:PID NAMESPACE:PID@CREATE TIME``: unlike a pid alone, of one process ever."""
+    """``BOOT:PID NAMESPACE:TIME NAMESPACE:PID@CREATE TIME``: unlike a pid alone, of one process
+    ever.
+    """
     from orchard_infra.system import processes
 
     identity = None if pid is None else processes.identity_of(pid)

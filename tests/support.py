@@ -48,6 +48,13 @@ needs_namespaces = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("unshare") is None,
     reason="needs a real pid namespace and mounts",
 )
+needs_time_namespaces = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0 or not os.path.exists("/proc/self/ns/time"),
+    reason="needs a real time namespace",
+)
+# What is started so is on a clock of its own: with --fork, since exec(2) alone changes the time
+# namespace from Linux 6.3 on only.
+IN_TIME_NAMESPACE = ("unshare", "--time", "--boottime", "1000", "--fork", "--kill-child")
 
 # Generous: the machine may be busy with everybody else's tests.
 PATIENCE = 60.0

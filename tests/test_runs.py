@@ -41,14 +41,17 @@ from orchard_infra.system import files, processes
 from orchard_infra.system.flock import lock_descriptor
 from orchard_infra.system.text import duration, printable
 from support import (
+    IN_TIME_NAMESPACE,
     Script,
     is_running,
     needs_another_user,
     needs_namespaces,
+    needs_time_namespaces,
     run_command,
     run_python,
     wait_gone,
     wait_until,
+    written,
 )
 
 # A run that does what it is told: run, fork, close every descriptor, leave.
@@ -326,6 +329,42 @@ def test_a_host_name_that_changes_makes_nobody_a_stranger(tmp_path, registry):
     run.kill()
     assert leader_is_dead(renamed)
     assert state_of(registry, run.run_id) is RunState.DEAD
+
+
+@needs_time_namespaces
+def test_a_run_on_the_clock_of_another_time_namespace_is_unknown_and_never_dead(tmp_path, registry):
+    path = written(tmp_path / "inside.py", RUN)
+    script = run_command(tmp_path, [*IN_TIME_NAMESPACE, sys.executable, str(path)])
+    run = Run(script, script.wait_for("registered").split()[1])
+    run.do("run")
+    record = registry.find(run.run_id).record
+    assert record.time_namespace == processes.time_namespace(record.pid)
+    assert record.has_our_pids
+    assert not record.is_local
+    assert not leader_is_dead(record)
+    assert state_of(registry, run.run_id) is RunState.RUNNING
+    run.do("close descriptors")  # and so the lock of its record
+    assert state_of(registry, run.run_id) is RunState.RUNNING
+    os.kill(record.pid, signal.SIGKILL)
+    script.wait()
+    assert leader_is_dead(record)
+    assert state_of(registry, run.run_id) is RunState.DEAD
+
+
+@needs_time_namespaces
+def test_a_leader_that_is_in_another_time_namespace_by_now_is_never_dead(tmp_path):
+    """CRIU restores a process into a namespace of its own, where it has the clock of before."""
+    path = written(tmp_path / "inside.py", RUN)
+    script = run_command(tmp_path, [*IN_TIME_NAMESPACE, sys.executable, str(path)])
+    script.wait_for("registered")
+    (pid,) = processes.children_of(script.pid)
+    record = record_of(pid=pid, create_time=1.0)
+    assert record.is_local
+    assert not leader_is_dead(record)
+    assert leader_is_dead(attrs.evolve(record, pid=script.pid))  # that one is on our clock
+    os.kill(pid, signal.SIGKILL)
+    script.wait()
+    assert leader_is_dead(record)
 
 
 @needs_another_user

@@ -180,7 +180,7 @@ class Survey:
         rows = []
         for run in shown:
             run_id = run.record.run_id
-            # The processes of another pid namespace cannot be told from here.
+            # The processes of another pid or time namespace cannot be told from here.
             known = run.record.is_local or run.is_over
             rows.append(
                 Row(
@@ -481,7 +481,7 @@ def _below(row: Row, detail: tuple[str, str, str], width: int, *, whole: bool) -
             yield Text(f"  lock {output.shorten_path(lock, width - 7)}", output.DETAIL)
     if not record.is_local and not row.run.is_over:
         here = record.boot_id == processes.boot_id()
-        where = "in another pid namespace" if here else f"on {record.host}"
+        where = "in another pid or time namespace" if here else f"on {record.host}"
         yield Text(f"  {output.shorten(f'{where}: its processes are unknown here', width - 2)}")
     # The workers of one pool show one command line.
     alike: dict[tuple[str, str, str], list[str]] = {}

@@ -354,8 +354,8 @@ def _why_none(registry: RunRegistry, target: str) -> str:
 def _why_not_from_here(run: RegisteredRun) -> str:
     record = run.record
     return (
-        f"{record.project} (pid {record.pid}): runs on {record.host}, in another pid namespace or "
-        "since another boot; it can only be stopped from there"
+        f"{record.project} (pid {record.pid}): runs on {record.host}, in another pid or time "
+        "namespace or since another boot; it can only be stopped from there"
     )
 
 

@@ -118,7 +118,8 @@ class RunRecord:
     else can read. ``host`` is for display: a host name may change while a run goes on. ``job`` is
     that of `Launch`, and ``restart`` its count of restarts. ``turn`` counts the environments of its
     project that its process has come to: the third one of each rank of a job is one and the same.
-    ``fence`` is that of the lease, where it is known from the start.
+    ``fence`` is that of the lease, where it is known from the start. ``time_namespace`` is the one
+    whose clock ``create_time`` is on; a record of the version before has none.
     """
 
     run_id: str = attrs.field(validator=_run_id)
@@ -143,6 +144,7 @@ class RunRecord:
     restart: int | None = attrs.field(default=None, validator=_whole_or_none)
     turn: int | None = attrs.field(default=None, validator=_whole_or_none)
     fence: int | None = attrs.field(default=None, validator=_whole_or_none)
+    time_namespace: int | None = attrs.field(default=None, validator=_whole_or_none)
 
     @property
     def leader(self) -> ProcessIdentity:
@@ -151,6 +153,11 @@ class RunRecord:
 
     @property
     def is_local(self) -> bool:
+        """Whether pid and create time mean anything here: same boot, same namespaces."""
+        return self.has_our_pids and self.time_namespace in (None, processes.own_time_namespace())
+
+    @property
+    def has_our_pids(self) -> bool:
         """Whether the pid means anything here: same boot, same pid namespace.
 
         DHCP and VPNs change a host name while a run goes on. It only counts where the kernel has
@@ -246,6 +253,7 @@ def describe_this_run(
             job=job,
             restart=restart,
             turn=turn,
+            time_namespace=processes.own_time_namespace(),
         )
     except ValueError as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error
@@ -329,17 +337,24 @@ def leader_is_dead(record: RunRecord, *, lock_is_free: bool = False) -> bool:
 
     It is when it is gone from our own pid namespace. A record of another boot may be that of
     another host, which shares this file system: only with ``lock_is_free``, the kernel's lock on
-    the record's file being free, does it prove anything. One of another container never does.
+    the record's file being free, does it prove anything. One of another container never does. In
+    another time namespace create times differ: there only a pid that nobody has is proof.
     """
     boot_id = processes.boot_id()
     if record.boot_id != boot_id:
         return lock_is_free and record.boot_id != "" and boot_id != ""
-    return record.is_local and processes.is_gone(record.leader)
+    if record.is_local:
+        return processes.is_gone(record.leader)
+    return record.has_our_pids and processes.is_vacant(record.pid)
 
 
 def leader_lives(record: RunRecord) -> bool:
-    """Whether the process that led this run is known to live."""
-    return record.is_local and processes.is_alive(record.leader)
+    """Whether the process that led this run is known to live. In another time namespace, whether
+    any process has its pid: nobody can tell which one.
+    """
+    if record.is_local:
+        return processes.is_alive(record.leader)
+    return record.has_our_pids and not processes.is_vacant(record.pid)
 
 
 def clip(words: Iterable[str], limit: int = 4096) -> tuple[str, ...]:

@@ -452,7 +452,7 @@ def test_a_run_in_another_container_is_shown_and_not_guessed_about(tmp_path, in_
     assert row["memory_bytes"] is row["cpu_percent"] is row["gpu_memory_bytes"] is None
     shown = "\n".join(table(tmp_path, 80))
     assert "unknown" in shown
-    assert "in another pid namespace" in shown
+    assert "in another pid or time namespace" in shown
 
 
 def test_watching_follows_the_runs_and_the_size_of_the_terminal(tmp_path, in_terminal):

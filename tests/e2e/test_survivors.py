@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from support import PATIENCE, Script, is_running, run_python, wait_gone, wait_until
+from support import (
+    IN_TIME_NAMESPACE,
+    PATIENCE,
+    Script,
+    is_running,
+    needs_time_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
+    written,
+)
 
 # A run with children of every kind, and a next run that tells what it found.
 RUN = """
@@ -105,6 +116,29 @@ def killed_run(tmp_path: Path, kinds: str) -> dict:
     run.kill()
     run.finish()
     return facts
+
+
+@needs_time_namespaces
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_live_run_on_the_clock_of_another_time_namespace_is_not_taken_for_dead(
+    tmp_path, is_inside
+):
+    """The kernel shows other create times there: the leader looks like a stranger with its pid."""
+    script = written(tmp_path / "run.py", RUN)
+
+    def run(*kinds: str, inside: bool, **environ: str) -> Script:
+        prefix = IN_TIME_NAMESPACE if inside else ()
+        return run_command(tmp_path, [*prefix, sys.executable, str(script), *kinds], env=environ)
+
+    there = run("fork,exec", inside=is_inside)
+    children = inside(there)["pids"]
+    here = run(inside=not is_inside, KILL="yes", GRACE="0.1", PATIENCE="0")
+    told = refused(here)
+    assert told["holder"] is not None
+    assert told["survivors"] == []
+    assert all(is_running(pid) for pid in children.values())
+    there.tell()
+    assert there.finish() == 0
 
 
 @pytest.mark.parametrize("kind", ["fork", "double-fork", "stubborn"])
@@ -435,7 +469,7 @@ def test_nothing_of_a_dead_run_is_left_after_the_next_prepare(tmp_path, runtime_
     now = inside(after)
     wait_gone(facts["pids"].values())
     assert not Path(facts["tmp"]).exists()
-    assert [p.stem for p in (runtime_directory / "runs").iterdir()] == [now["run"]]
+    assert [p.stem for p in (runtime_directory / "runs").glob("*.run")] == [now["run"]]
     after.tell()
     assert after.finish() == 0
     assert not Path(now["lock"]).exists()
@@ -459,7 +493,7 @@ def test_a_record_from_another_boot_is_no_obstacle(tmp_path, runtime_directory):
         path.write_text(json.dumps(record) + "\n")
     after = start(tmp_path, KILL="yes")
     assert inside(after)["stopped"] == []
-    assert len(list((runtime_directory / "runs").iterdir())) == 1
+    assert len(list((runtime_directory / "runs").glob("*.run"))) == 1
 
 
 def test_a_daemon_that_opted_out_is_spared_below_a_survivor_that_is_stopped(tmp_path):
