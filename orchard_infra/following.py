@@ -56,7 +56,7 @@ def next_turn(project: str, *, is_within: bool) -> int:
     return turn
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Job:
     """The job that a run belongs to, seen from one of its ranks. ``lock_name`` is for people."""
 
@@ -331,7 +331,7 @@ class Job:
         return record.project == self.record.project or record.lock == str(self.key.path)
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Rank0:
     """What a waiting rank has seen of rank 0 on its own host.
 

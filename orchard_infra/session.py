@@ -58,7 +58,7 @@ _TEND = 5.0  # seconds, at most, between two looks at the run's files and proces
 _open: list[Session] = []  # in the order in which they were prepared
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Session:
     """One environment of one manager. `prepare` it once, `close` it once.
 

@@ -30,7 +30,7 @@ DIRECTORY = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)  # and O
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Removal:
     """Removes files, and keeps account of it. With ``dry`` it only keeps account."""
 

@@ -84,7 +84,7 @@ class TorchCacheFlusher:
         return FlushReport(devices, rss_before, heap.resident_bytes(), tuple(failures))
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class _FlushAtExit:
     # No generator: its frame would be in the traceback, and would hold the error.
     flusher: TorchCacheFlusher

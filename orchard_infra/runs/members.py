@@ -97,7 +97,7 @@ def _to_folded(line: bytes) -> FoldedRun | None:
     return FoldedRun(run_id, (device, inode), lock if isinstance(lock, str) else None)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class MembersFile:
     """The file as its program writes it. It is there only once there is something to write.
 

@@ -26,7 +26,7 @@ from orchard_infra.system.processes import ProcessIdentity, Row
 _File = tuple[int, int]  # device and inode
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class _Evidence:
     """The evidence for membership of some runs, in tables to look processes up in."""
 
@@ -50,7 +50,7 @@ class _Evidence:
         return found
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Membership:
     """What the registry says, applied to processes. One is made for each look at the machine."""
 

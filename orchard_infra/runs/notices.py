@@ -78,7 +78,7 @@ class Notice:
         )
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Notices:
     """The notices in one registry's directory. Each is of a job and of one of its projects."""
 

@@ -51,7 +51,7 @@ from orchard_infra.system.flock import lock_descriptor, unlock_descriptor
 from orchard_infra.system.processes import ProcessIdentity
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Registration:
     """The place of a run in the registry. This process holds it until `end`, `abandon` or `close`.
     In a forked child these only close the descriptor: the files are the parent's.

@@ -51,7 +51,7 @@ def find_survivors(
             yield member.run, member.describe()
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class _Member:
     run: RegisteredRun
     identity: ProcessIdentity

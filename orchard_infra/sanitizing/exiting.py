@@ -16,13 +16,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 
 from orchard_infra.system import background, pool_locks, processes
 from orchard_infra.system.background import Task
-from orchard_infra.system.killing import stop_processes
 from orchard_infra.system.masking import uninterrupted
 from orchard_infra.system.pool_locks import StuckPool
 from orchard_infra.system.processes import ProcessIdentity
@@ -31,13 +31,14 @@ _LOOK = pool_locks.PATIENCE  # seconds between two looks whether such children s
 _FIRST = 100  # before the finalizers of multiprocessing itself, of which the first has 15
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Watch:
     grace: float | None  # None: nobody has allowed to kill
     exit_began: float | None = None
     stuck_pool: StuckPool = attrs.field(factory=StuckPool)
     task: Task = attrs.field(init=False)
     finalizer: Any = None
+    stop_processes: Callable[..., object] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.task = Task(self.look, time.monotonic() + _LOOK, at_exit=True)
@@ -45,6 +46,9 @@ class _Watch:
     def begin(self) -> None:
         from multiprocessing.util import Finalize
 
+        from orchard_infra.system import killing  # now: at the exit nothing may be loaded any more
+
+        self.stop_processes = killing.stop_processes
         self.finalizer = Finalize(None, self.note_exit, exitpriority=_FIRST)
         background.add(self.task)
 
@@ -71,7 +75,7 @@ class _Watch:
         self.stuck_pool.look()
         if self.grace is not None and time.monotonic() >= self.exit_began + self.grace:
             pids = {child.pid for child in children}
-            stop_processes(children, grace=0.0, spare=lambda pid: pid not in pids)
+            self.stop_processes(children, grace=0.0, spare=lambda pid: pid not in pids)
 
     def _plan(self) -> None:
         due = (now := time.monotonic()) + _LOOK

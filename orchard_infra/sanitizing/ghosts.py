@@ -55,7 +55,6 @@ from orchard_infra.sanitizing.helpers import is_forkserver, is_tracker
 from orchard_infra.sanitizing.leftovers import Block
 from orchard_infra.sanitizing.twins import Look, Progress, Scan
 from orchard_infra.system import processes
-from orchard_infra.system.killing import stop_processes
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.processes import ProcessIdentity
 
@@ -96,6 +95,8 @@ class GhostSanitizer:
     @contextlib.contextmanager
     def around(self, env: Environment) -> Iterator[None]:
         """See `orchard_infra.environment.Strategy`."""
+        if self.leftovers == "stop":  # loaded now: at the end there may be no descriptor left
+            import orchard_infra.system.killing  # noqa: F401
         if env.is_leader:
             with interruptible():  # it may take the whole grace period
                 self.sanitize(env)
@@ -190,6 +191,8 @@ class GhostSanitizer:
         if reason_not_to_kill is not None or not ghosts:
             reason = f"not stopped: {reason_not_to_kill}"
             return SanitizeReport(spared=tuple(attrs.evolve(g, reason=reason) for g in ghosts))
+        from orchard_infra.system.killing import stop_processes  # a run mostly finds no ghost
+
         outcome = stop_processes(
             [ghost.identity for ghost in ghosts],
             grace=self.grace,

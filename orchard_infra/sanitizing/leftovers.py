@@ -28,7 +28,7 @@ from orchard_infra.system.processes import ProcessIdentity
 _GOES_ON = "goes on with the program"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Block:
     """When a block began, on the clock of `ProcessIdentity`, and the descendants from before."""
 

@@ -76,7 +76,7 @@ _INSTALLED = re.compile(
 )
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Program:
     """What an interpreter runs. Equal programs are run by processes that may be twins.
 

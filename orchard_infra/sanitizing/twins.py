@@ -26,7 +26,7 @@ _NAMED = 3  # variables in a message
 _IDLE = 1.0  # seconds without progress, from which on a process waits for something else
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Look:
     """One process, or a dead run on record, as it is compared with others.
 
@@ -149,7 +149,7 @@ class Look:
         return f"other environment ({', '.join(names[:_NAMED])}{more})"
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Scan:
     """One look at all processes of the machine for those that run what ``me`` runs.
 
@@ -212,7 +212,7 @@ class Scan:
         return self._files[path]
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Progress:
     """Whether a young process may still be on its way to where it registers.
 

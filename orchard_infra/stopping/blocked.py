@@ -49,7 +49,7 @@ class _Question:
         return self._answered
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Unanswered:
     """A signal that has come. ``seconds`` are those that this process has run since."""
 
@@ -58,7 +58,7 @@ class _Unanswered:
     seconds: float = 0.0
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Listener:
     """Knows which signals the main thread has not answered to. There is one wakeup fd in a process,
     so there is one listener.

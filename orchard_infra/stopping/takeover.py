@@ -259,7 +259,7 @@ def _arrivals() -> Iterator[list[int]]:
         os.close(write)
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Fork:
     """Around a fork: the child gets the handlers of before, and no signal between is lost.
 

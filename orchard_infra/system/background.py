@@ -34,7 +34,7 @@ _LONGEST = 3600.0  # seconds of one sleep: a longer timeout may be more than the
 _logger = logging.getLogger("Infrastructure")
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class Task:
     """Something to do at ``due``, in seconds of `time.monotonic`; None: not before it is set.
 

@@ -16,7 +16,7 @@ import attrs
 from orchard_infra.system.masking import uninterrupted
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Setting:
     value: str
     found: str | None  # the value to put back

@@ -96,7 +96,7 @@ def _nobody(pid: int) -> bool:
     return False
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Member:
     """A process that is to end."""
 
@@ -135,7 +135,7 @@ class _Member:
         return stat.state
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class _Hunt:
     spare: Callable[[int], bool]
     last: Callable[[int], bool]

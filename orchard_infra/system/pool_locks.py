@@ -17,7 +17,7 @@ import attrs
 PATIENCE = 1.0  # seconds between two looks: live workers hand the lock over within milliseconds
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class StuckPool:
     """Frees the main thread when two looks, `PATIENCE` apart, find it waiting for such a lock."""
 
