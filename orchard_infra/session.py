@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -46,8 +47,8 @@ from orchard_infra.runs.record import (
     describe_this_run,
 )
 from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
-from orchard_infra.stopping.signals import stop_error
-from orchard_infra.system import background, processes, reserve
+from orchard_infra.stopping.signals import stop_error, stopped_by
+from orchard_infra.system import background, ending, processes, reserve
 from orchard_infra.system.background import Task
 from orchard_infra.system.exported import export
 from orchard_infra.system.masking import child_signals_deferred, interruptible, uninterrupted
@@ -534,5 +535,8 @@ def _close_all() -> None:
             session.close()
         except BaseException as failure:  # the others are closed all the same
             failures.append(failure)
+    stops = [signum for one in failures if (signum := stopped_by(one)) is not None]
+    if stops and ending.end_by(next((one for one in stops if one != signal.SIGINT), stops[0])):
+        failures = [failure for failure in failures if stopped_by(failure) is None]
     if failures:
         raise failures[0]

@@ -62,6 +62,13 @@ def stop_error(signum: int) -> BaseException:
     return KeyboardInterrupt() if signum == signal.SIGINT else RunStopped(signum)
 
 
+def stopped_by(error: BaseException) -> int | None:
+    """The signal of which `stop_error` made this error; None for any other one."""
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGINT
+    return error.signum if isinstance(error, RunStopped) else None
+
+
 def _to_signals(signals: Iterable[int]) -> tuple[Signals, ...]:
     return tuple(Signals(signum) for signum in signals)
 

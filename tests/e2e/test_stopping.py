@@ -617,8 +617,38 @@ def test_an_environment_that_is_open_at_exit_has_its_deadline_and_its_limit(tmp_
     in_release.send_signal(signal.SIGTERM)
     in_hook.finish()
     assert in_hook.output.splitlines()[-2:] == ["stopped by SIGTERM", "releasing"]
-    assert in_release.finish() is not None
+    assert in_release.finish() == 143
+    assert "atexit" not in in_release.error_output
     assert not list((Path(os.environ["ORCHARD_INFRA_DIR"]) / "locks").glob("*.lock"))
+
+
+STOPPED_AT_EXIT = """
+    import atexit, signal
+    from contextlib import contextmanager
+    from orchard_infra import InfrastructureManager
+
+    class Interrupted:
+        @contextmanager
+        def around(self, env):
+            yield
+            signal.raise_signal({signum})
+            print("released", flush=True)
+
+    atexit.register(print, "the program's first hook", flush=True)
+    InfrastructureManager(extras=[Interrupted()]).prepare_environment("{signum}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, -signal.SIGINT)],
+)
+def test_a_stop_during_the_release_in_an_exit_hook_is_in_the_exit_status(tmp_path, signum, status):
+    """Python prints what such a hook raises, and exits with 0. The hooks that follow are called."""
+    run = server.run_python(tmp_path, STOPPED_AT_EXIT.format(signum=int(signum)))
+    assert run.finish() == status
+    assert run.output.splitlines() == ["released", "the program's first hook"]
+    assert "atexit" not in run.error_output
 
 
 CHILD_DIES = """
