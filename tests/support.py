@@ -55,6 +55,11 @@ needs_time_namespaces = pytest.mark.skipif(
 # What is started so is on a clock of its own: with --fork, since exec(2) alone changes the time
 # namespace from Linux 6.3 on only.
 IN_TIME_NAMESPACE = ("unshare", "--time", "--boottime", "1000", "--fork", "--kill-child")
+# As after a DHCP lease or a VPN has renamed the machine.
+UNDER_ANOTHER_HOST_NAME = (
+    *("unshare", "--uts", sys.executable, "-c"),
+    "import os, socket, sys; socket.sethostname('renamed'); os.execvp(sys.argv[1], sys.argv[1:])",
+)
 
 # Generous: the machine may be busy with everybody else's tests.
 PATIENCE = 60.0
@@ -268,18 +273,25 @@ def stop_everything_started(
     that have emptied their environment. Nothing else makes a process ours. ``before``:
     descendants that were there before the test, such as a server that a whole session shares;
     they stay.
+
+    Trackers of shared memory and semaphores are given the time to remove what the others left, and
+    end then: nobody else can tell whose ``/dev/shm/sem.mp-*`` that is.
     """
-    deadline = time.monotonic() + 10.0
+    began = time.monotonic()
     # More than once, because what is being stopped may be forking.
-    while (ours := _ours(mark, tmp_path, before)) and time.monotonic() < deadline:
-        for process in ours:
+    while (ours := _ours(mark, tmp_path, before)) and time.monotonic() < began + 10.0:
+        others = [process for process in ours if not _is_tracker(process.pid)]
+        if not others and time.monotonic() < began + 5.0:
+            time.sleep(0.005)
+            continue
+        for process in others or ours:
             try:
                 process.kill()  # psutil compares create times first
             except psutil.Error:
                 pass
         for script in _started:
             script.poll()  # before psutil reaps it: the status belongs to the Popen object
-        wait_gone(process.pid for process in ours)
+        wait_gone(process.pid for process in others or ours)
     while _started:
         _started.pop().stop()
     # What a test forked by itself is not left as a zombie.
@@ -311,6 +323,17 @@ def _carries(pid: int, mark: str) -> bool:
             return f"{TEST_MARK}={mark}".encode() in environ.read()
     except OSError:
         return False
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether it is a resource tracker of multiprocessing or loky, or torch's manager of shared
+    memory: it ends by itself when its clients have.
+    """
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"resource_tracker import main" in command or b"torch_shm_manager" in command
 
 
 def _works_in(pid: int, directory: Path) -> bool:

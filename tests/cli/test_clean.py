@@ -28,7 +28,16 @@ from commands import (
     wait_for_state,
 )
 from orchard_infra.runs.environ import environment_digest
-from support import Script, is_running, run_command, run_python, wait_gone, wait_until
+from support import (
+    UNDER_ANOTHER_HOST_NAME,
+    Script,
+    is_running,
+    needs_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
+)
 
 # /dev/shm is the whole machine's: what one test leaves there for a moment, another one would see.
 pytestmark = pytest.mark.xdist_group("shared memory")
@@ -124,6 +133,19 @@ def test_survivors_are_stopped_and_what_the_run_left_is_removed(tmp_path):
     assert "removed 1 record" in said
     assert re.search(r"removed 1 directory \(8\.\d KiB\)", said)
     assert clean(tmp_path, "--yes").output == "Nothing to clean up.\n"
+
+
+@needs_namespaces
+def test_what_a_run_left_is_found_under_another_host_name_than_it_was_started_under(tmp_path):
+    run = killed(tmp_path, "digits", FORK="1")
+    (row,) = status_of(tmp_path)
+    (survivor,) = row["pids"]
+    script = run_command(tmp_path, [*UNDER_ANOTHER_HOST_NAME, COMMAND, "clean", "--yes"])
+    assert script.finish() == 0, script.transcript()
+    assert f"pid {survivor}" in script.output
+    wait_gone([survivor])
+    assert status_of(tmp_path) == []
+    assert not is_running(run.pid)
 
 
 def test_a_dry_run_shows_it_all_and_changes_nothing(tmp_path):

@@ -22,7 +22,16 @@ from commands import (
     train,
     wait_for_state,
 )
-from support import Script, is_running, run_command, run_python, wait_gone, wait_until
+from support import (
+    UNDER_ANOTHER_HOST_NAME,
+    Script,
+    is_running,
+    needs_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
+)
 
 # Hears SIGTERM and goes on; so does its child, in a session of its own.
 STUBBORN = """
@@ -362,6 +371,15 @@ def test_who_got_the_pid_of_a_dead_run_is_not_touched(tmp_path, runtime_director
     plant(runtime_directory, project="digits", pid=stranger.pid, create_time=1.0)
     stop(tmp_path, "digits" if by == "project" else str(stranger.pid))
     assert is_running(stranger.pid)
+
+
+@needs_namespaces
+def test_a_run_is_stopped_under_another_host_name_than_it_was_started_under(tmp_path):
+    run = train(tmp_path, "digits")
+    script = run_command(tmp_path, [*UNDER_ANOTHER_HOST_NAME, COMMAND, "stop", "digits"])
+    assert script.finish() == 0, script.transcript()
+    assert run.finish() == 128 + signal.SIGTERM
+    assert f"digits (pid {run.pid}): stopped after" in script.output
 
 
 def test_a_run_elsewhere_can_only_be_stopped_there(tmp_path, runtime_directory):
