@@ -27,7 +27,7 @@ import attrs
 from orchard_infra.errors import InfrastructureError, LockLostError, LockSuspectError
 from orchard_infra.locks import postgres_server as server
 from orchard_infra.locks.base import Held, LockKey
-from orchard_infra.locks.postgres_server import Names, Session, Unreachable
+from orchard_infra.locks.postgres_server import Names, Session, Silent, Unreachable
 from orchard_infra.locks.urls import find_url, record_for_others
 from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.system.masking import interruptible, uninterrupted
@@ -426,7 +426,11 @@ class PostgresLease:
                 return
             except Unreachable as error:
                 # From now on, however long the first try to take it back lasts.
-                self._suspect_since = server.now()
+                since = self._suspect_since = self._suspect_since or server.now()
+                # A server that stood still goes on with this session, and the lock in it. Without
+                # it a waiter would be faster than we.
+                if isinstance(error, Silent) and server.now() - since < self._lock.grace:
+                    raise self._suspect(str(error)) from None
                 self._session = None
                 session.close()
                 _logger.debug("the lock %s is suspect: %s", self._where, error)

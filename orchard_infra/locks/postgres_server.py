@@ -128,6 +128,10 @@ class Unreachable(InfrastructureError):
     """The server cannot be reached, or does not answer."""
 
 
+class Silent(Unreachable):
+    """It has not answered in time, and may only be slow: the connection is still there."""
+
+
 class Refused(InfrastructureError):
     """The server reports an error. ``sqlstate`` says which."""
 
@@ -380,7 +384,7 @@ class Session:
             unsent = self._pgconn.flush()
             if unsent or self._pgconn.is_busy():
                 if not _wait(self._fd, max(0.0, deadline - now()), bool(unsent)):
-                    raise Unreachable(f"{self.where} does not answer")
+                    raise Silent(f"{self.where} does not answer")
                 self._pgconn.consume_input()
                 continue
             result = self._pgconn.get_result()

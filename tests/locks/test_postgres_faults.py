@@ -16,6 +16,7 @@ import pytest
 from hosts import Host, Network
 from orchard_infra import (
     Held,
+    InfrastructureError,
     InfrastructureManager,
     LockKey,
     LockLostError,
@@ -462,6 +463,51 @@ def test_a_short_pause_of_the_server_costs_nothing(own_server: PostgresServer) -
         asked.join(60)
         assert not asked.is_alive()
         assert not env.lock_lost
+
+
+def test_a_pause_within_the_grace_does_not_hand_the_lock_to_a_waiter(
+    own_server: PostgresServer,
+) -> None:
+    """The server goes on with the holder's session, which must be there then."""
+    url = own_server.create_database()
+    lock = PostgresLock(url, interval=0.1, answer=0.5, grace=60)
+    lease = take(lock)
+    waiter = PostgresLock(url, timeout=None, poll=0.05)
+    stop = threading.Event()
+    granted: list[object] = []
+
+    def wait_for_it() -> None:
+        with waiter.connect() as connected:
+            while not stop.is_set() and not granted:
+                with contextlib.suppress(InfrastructureError):
+                    outcome = connected.try_acquire(KEY, describe_this_run("digits"))
+                    if not isinstance(outcome, Held):
+                        granted.append(outcome)
+                        outcome.release()
+                stop.wait(0.05)
+
+    thread = threading.Thread(target=wait_for_it)
+    thread.start()
+    try:
+        own_server.pause()
+        for _ in range(3):  # each of them gives up waiting for an answer
+            with pytest.raises(LockSuspectError, match="does not answer"):
+                lease.verify()
+        own_server.resume()
+        wait_until(lambda: _is_confirmed(lease))
+        assert not granted
+    finally:
+        stop.set()
+        thread.join(60)
+        lease.release()
+
+
+def _is_confirmed(lease: PostgresLease) -> bool:
+    try:
+        lease.verify()
+    except LockSuspectError:
+        return False
+    return True
 
 
 def test_a_checkpoint_waits_while_the_lock_is_suspect(own_server: PostgresServer) -> None:
