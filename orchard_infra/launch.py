@@ -98,6 +98,16 @@ _JOBS_OF_SCHEDULERS: dict[str, _Names] = {
 }
 
 
+# An array of jobs, and which element of it this is: sbatch(1), qsub(1) of PBS, the IBM Spectrum LSF
+# reference, submit(1) of Grid Engine.
+_ARRAYS = (
+    ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
+    ("PBS_ARRAY_ID", "PBS_ARRAY_INDEX"),
+    ("LSB_JOBID", "LSB_JOBINDEX"),
+    ("JOB_ID", "SGE_TASK_ID"),
+)
+
+
 class _Ranks(NamedTuple):
     launcher: str
     rank: str
@@ -368,6 +378,15 @@ def scheduler_job(environ: Mapping[str, str]) -> str | None:
     scheduler, _ = _find_scheduler(environ)
     name = _name_of(environ, _JOBS_OF_SCHEDULERS.get(scheduler or "", ()))
     return None if name is None else f"{scheduler} {name}"
+
+
+def is_other_element(environ: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two processes were started in two elements of one array of jobs."""
+    return any(
+        environ.get(array, "") == other.get(array) != ""
+        and environ.get(element, "") != other.get(element, "") != ""
+        for array, element in _ARRAYS
+    )
 
 
 def is_same_job(job: str | None, other: str | None) -> bool:

@@ -37,7 +37,7 @@ from typing import Literal
 import attrs
 
 from orchard_infra.environment import Environment
-from orchard_infra.launch import is_same_job, launcher_of, scheduler_job
+from orchard_infra.launch import is_other_element, is_same_job, launcher_of, scheduler_job
 from orchard_infra.report import Finding, SanitizeReport
 from orchard_infra.runs.membership import (
     Membership,
@@ -359,6 +359,8 @@ class GhostSanitizer:
             return finding("look-alike", "belongs to a run that is not in this registry")
         if self.spare is not None and self.spare(pid):
             return finding("look-alike", "excluded by the caller")
+        if is_other_element(me.environ or {}, other.environ or {}):
+            return finding("look-alike", "another element of the same array of jobs")
         difference = other.difference(me)
         if difference:
             return finding("relative", difference)

@@ -167,6 +167,22 @@ def test_a_twin_is_spared_on_shared_compute(tmp_path, environ):
     assert is_running(twin.pid)
 
 
+@pytest.mark.parametrize("other", ["another element", "the same element"])
+def test_another_element_of_the_same_array_of_jobs_is_no_relative(tmp_path, other):
+    def element(job: str, task: str) -> dict[str, str]:
+        return {"SLURM_JOB_ID": job, "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": task}
+
+    beside = ghost(tmp_path, environ=element("8", "2" if other == "another element" else "1"))
+    run = train(tmp_path, environ=element("7", "1"))
+    evidence, reason = report_of(run)["spared"][str(beside.pid)]
+    if other == "another element":
+        assert (evidence, reason) == ("look-alike", "another element of the same array of jobs")
+    else:  # of a job that was requeued, say
+        assert evidence == "relative"
+    run.finish()
+    assert (f"pid {beside.pid}" in run.error_output) == (evidence == "relative")
+
+
 def test_what_the_launcher_of_a_rank_has_started_is_neither_stopped_nor_named(tmp_path):
     """It may be another rank that has not come to its block yet."""
     rank = {"RANK": "0", "WORLD_SIZE": "2"}
