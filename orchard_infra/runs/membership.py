@@ -89,6 +89,9 @@ class Membership:
         """The live processes of runs whose program is dead, with what proves it and what kind of
         process it is; helpers of others come last. See `orchard_infra.runs.survivors`.
         """
+        dead = list(dead)
+        if not dead:
+            return iter(())
         from orchard_infra.runs.survivors import find_survivors
 
         return find_survivors(dead, self.live_run_of)

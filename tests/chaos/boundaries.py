@@ -19,7 +19,6 @@ import orchard_infra.artifacts.temporary
 import orchard_infra.locks.file
 import orchard_infra.locks.queue
 import orchard_infra.runs.registry
-import orchard_infra.sanitizing.ghosts
 import orchard_infra.session
 from chaos.observing import Journal
 from orchard_infra import (
@@ -45,7 +44,7 @@ from orchard_infra.sanitizing.leftovers import Block
 from orchard_infra.session import Session
 from orchard_infra.stopping.signals import SignalWatch
 from orchard_infra.stopping.takeover import Takeover
-from orchard_infra.system import background, files, reserve
+from orchard_infra.system import background, files, killing, reserve
 
 # The steps of prepare and release, and the ones that they consist of. A name that the package has
 # no more is an error here, so that nothing goes uncovered in silence.
@@ -96,7 +95,7 @@ _STEPS: tuple[tuple[Any, str], ...] = (
     (GhostSanitizer, "_stop_survivors"),
     (GhostSanitizer, "stop"),
     (GhostSanitizer, "_stop_look_alikes"),
-    (orchard_infra.sanitizing.ghosts, "stop_processes"),
+    (killing, "stop_processes"),
     (Block, "begin"),
     (TemporaryArtifacts, "around"),
     (orchard_infra.artifacts.temporary, "sweep"),
