@@ -149,8 +149,8 @@ _RANKS = (
         ("PALS_SIZE", "PMI_SIZE"),
         (("PALS_APID",),),
     ),
-    # Hydra (MPICH, Intel MPI), and every launcher that speaks PMI-1 or PMI-2: srun --mpi=pmi2,
-    # whose src/plugins/mpi/pmi2/mpi_pmi2.c sets PMI_JOBID, too. Hydra has no id.
+    # Hydra (MPICH, Intel MPI), which has no id, and every launcher that speaks PMI-1 or PMI-2;
+    # for srun see `_is_of_srun`
     _Ranks(
         "mpiexec",
         "PMI_RANK",
@@ -539,7 +539,7 @@ def _launch_of_ranks(environ: Mapping[str, str]) -> tuple[Launch, _Names]:
     """The launch as its ranks tell it, and the variables that name the launcher's job."""
     for found in _RANKS:
         rank = _rank(environ, found.rank)
-        if rank is None:
+        if rank is None or (found.launcher == "mpiexec" and _is_of_srun(environ, found.rank)):
             continue
         world_size = _first_number(environ, found.world_size)
         if found.launcher in ("srun", "submitit") and rank == 0 and (world_size or 1) == 1:
@@ -563,6 +563,19 @@ def _launch_of_ranks(environ: Mapping[str, str]) -> tuple[Launch, _Names]:
         shown = _shown(environ, found.rank)
         return Launch(rank, local_rank, world_size, launcher, rank_from=shown), job
     return Launch(), ()
+
+
+def _is_of_srun(environ: Mapping[str, str], rank: str) -> bool:
+    """Whether srun has set this rank of PMI or PMIx beside its own ``SLURM_PROCID``: then it names
+    the job by its step (src/plugins/mpi/pmi2 and pmix of Slurm; measured with ``--mpi=pmi2``).
+
+    An mpiexec below srun sets ranks of its own, and inherits the rest.
+    """
+    step = f"{environ.get('SLURM_JOB_ID')}.{environ.get('SLURM_STEP_ID')}"
+    names = (environ.get("PMI_JOBID"), environ.get("PMIX_NAMESPACE"))
+    is_same_rank = environ[rank] == environ.get("SLURM_PROCID")
+    is_same_size = environ.get("PMI_SIZE") in (None, environ.get("SLURM_STEP_NUM_TASKS"))
+    return is_same_rank and is_same_size and (step in names or f"slurm.pmix.{step}" in names)
 
 
 def _translated(

@@ -447,6 +447,39 @@ JOBS = [
 ]
 
 
+# What Slurm 22.05 has set for three tasks on two nodes: srun -n3 -N2 --mpi=pmi2
+PMI2 = [
+    {"PMI_RANK": str(rank), "SLURM_PROCID": str(rank), "SLURM_LOCALID": local, "SLURM_NODEID": node}
+    for rank, (local, node) in enumerate([("0", "0"), ("1", "0"), ("0", "1")])
+]
+OF_STEP = {
+    **{"PMI_FD": "11", "PMI_JOBID": "1.0", "PMI_SIZE": "3"},
+    **{"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"},
+}
+
+
+def test_a_rank_that_srun_tells_by_pmi_as_well_is_one_of_srun() -> None:
+    launches = [Launch.from_environ({**OF_STEP, **task}) for task in PMI2]
+    assert [(one.launcher, one.rank, one.local_rank, one.node) for one in launches] == [
+        ("srun", 0, 0, 0),
+        ("srun", 1, 1, 0),
+        ("srun", 2, 0, 1),
+    ]
+    assert {(one.world_size, one.job) for one in launches} == {(3, launches[0].job)}
+    one_task = {**OF_STEP, **PMI2[0], "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}
+    assert Launch.from_environ(one_task).rank is None
+    by_pmix = {**OF_STEP, **PMI2[2], "PMIX_RANK": "2", "PMIX_NAMESPACE": "slurm.pmix.1.0"}
+    by_pmix = {name: value for name, value in by_pmix.items() if not name.startswith("PMI_")}
+    assert Launch.from_environ(by_pmix) == launches[2]
+
+
+def test_the_ranks_of_an_mpiexec_below_srun_are_its_own() -> None:
+    proxy = {**OF_STEP, **PMI2[1]}  # one of three that srun has started; each starts two ranks
+    for rank in ("2", "3"):
+        launch = Launch.from_environ({**proxy, "PMI_RANK": rank, "PMI_SIZE": "6"})
+        assert (launch.launcher, launch.rank, launch.world_size) == ("mpiexec", int(rank), 6)
+
+
 @pytest.mark.parametrize(("environ", "job"), JOBS)
 def test_a_job_has_the_id_that_its_launcher_or_its_scheduler_gave_it(
     environ: dict[str, str], job: str
