@@ -453,8 +453,11 @@ PMI2 = [
     for rank, (local, node) in enumerate([("0", "0"), ("1", "0"), ("0", "1")])
 ]
 OF_STEP = {
-    **{"PMI_FD": "11", "PMI_JOBID": "1.0", "PMI_SIZE": "3"},
-    **{"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3"},
+    "PMI_JOBID": "1.0",
+    "PMI_SIZE": "3",
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "3",
 }
 
 
