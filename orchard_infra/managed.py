@@ -83,9 +83,16 @@ class managed_environment:
         try:
             return session.prepare()
         except BaseException as error:
+            self._give_up(session, error)
+            raise
+
+    def _give_up(self, session: Session | _ForeignSession, error: BaseException) -> None:
+        try:
             self._session = None
             session.close(error)  # a Ctrl-C may have come when all was prepared
-            raise
+        finally:
+            if not session.is_closed:  # a second one came before the release could begin
+                session.close(error)
 
     def __exit__(
         self,
@@ -108,8 +115,7 @@ class managed_environment:
         try:
             return await session.prepare_async()
         except BaseException as error:
-            self._session = None
-            session.close(error)  # a Ctrl-C may have come when all was prepared
+            self._give_up(session, error)
             raise
 
     async def __aexit__(

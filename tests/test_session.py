@@ -270,6 +270,28 @@ def test_a_second_ctrl_c_before_the_first_is_dealt_with_leaves_nothing_entered(m
     assert RunRegistry().runs() == ()
 
 
+def test_a_second_ctrl_c_right_after_all_was_prepared_leaves_nothing_entered(monkeypatch):
+    journal = Journal()
+    prepare, close, calls = Session.prepare, Session.close, []
+
+    def prepared(session: Session) -> None:
+        prepare(session)
+        raise KeyboardInterrupt
+
+    def interrupted(session: Session, error: BaseException | None = None) -> None:
+        calls.append(session)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        close(session, error)
+
+    monkeypatch.setattr(Session, "prepare", prepared)
+    monkeypatch.setattr(Session, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        managed_environment("digits", manager=manager_of(journal)).__enter__()
+    assert journal.left == ENTERED[::-1]
+    assert RunRegistry().runs() == ()
+
+
 class RefusingLock(JournalLock):
     def try_acquire(self, key: LockKey, record: RunRecord) -> Lease | Held:
         raise OSError(28, "lock is full")

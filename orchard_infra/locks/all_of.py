@@ -91,10 +91,12 @@ class AllOf:
                 return lease
         except BaseException:
             # Also a Ctrl-C that another thread received, which no mask holds off. The traceback
-            # would keep the locks that are taken by now.
-            if outcome is not None and not isinstance(outcome, Held):
-                outcome.release()
-            lease.release()
+            # would keep the locks that are taken by now. A second Ctrl-C may break off the release
+            # of one of them, and leaves the others to be released.
+            with uninterrupted(), contextlib.ExitStack() as stack:
+                stack.callback(lease.release)
+                if outcome is not None and not isinstance(outcome, Held):
+                    stack.callback(outcome.release)
             raise
 
     def _refuse_itself(self, key: LockKey, record: RunRecord, held: Held) -> None:
@@ -223,7 +225,7 @@ class AllOfLease:
         Raises:
             Exception: One of them could not be released. All others were.
         """
-        with contextlib.ExitStack() as stack:
+        with uninterrupted(), contextlib.ExitStack() as stack:
             for part in self._parts:
                 stack.callback(part.release)
 

@@ -384,19 +384,20 @@ class RedisLease:
         if held is None or server is None or os.getpid() != self._pid:
             return
         seconds = self._lock.patience if not self._suspect and self._left() > 0 else _HURRIED
-        self._held = self._server = None
         self._over = self._over or f"the lock {self.name} was released"
-        try:
-            with server.within(seconds) as asked:
-                held.give_back(asked)
-        except InfrastructureError as error:
-            _logger.warning(
-                "the lock %s could not be given back, and frees itself within %g s: %s",
-                self.name,
-                self._lock.ttl,
-                error,
-            )
-        finally:
+        with uninterrupted():
+            try:
+                with server.within(seconds) as asked:
+                    held.give_back(asked)
+            except InfrastructureError as error:
+                _logger.warning(
+                    "the lock %s could not be given back, and frees itself within %g s: %s",
+                    self.name,
+                    self._lock.ttl,
+                    error,
+                )
+            # Last: a release that a Ctrl-C of another thread has broken off can be called again.
+            self._held = self._server = None
             server.close()
 
     def _left(self) -> float:

@@ -216,6 +216,27 @@ def test_an_interrupt_at_any_line_leaves_nothing_taken(key, servers):
     assert number > 10
 
 
+def test_a_second_ctrl_c_while_they_are_given_back_leaves_nothing_taken(key):
+    """An impatient user presses it twice while a server does not answer."""
+    calls: list[str] = []
+
+    class BrokenOff(ScriptedLease):
+        def release(self) -> None:
+            super().release()
+            if len(calls) <= 2:
+                raise KeyboardInterrupt
+
+    locks = [Scripted(iter([BrokenOff(name, calls)])) for name in ("second", "third")]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        AllOf(FileLock(), *locks, Scripted(iter([KeyboardInterrupt()]))).try_acquire(
+            key, describe_this_run("digits")
+        )
+    # Also while the traceback, and with it the frame of the attempt, is kept: a notebook does so.
+    assert caught.tb is not None
+    assert calls[-1] == "release second"
+    assert is_free(FileLock(), key)
+
+
 def test_they_are_released_in_reverse_and_each_whatever_becomes_of_the_others():
     calls: list[str] = []
     lease = scripted(

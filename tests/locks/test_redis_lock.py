@@ -31,6 +31,7 @@ from orchard_infra.errors import (
     LockLostError,
 )
 from orchard_infra.locks import redis as redis_lock
+from orchard_infra.locks import redis_server as redis_server_module
 from orchard_infra.locks.acquiring import acquire
 from orchard_infra.locks.base import Held, LockKey
 from orchard_infra.locks.redis import RedisLease
@@ -488,6 +489,38 @@ def test_an_interrupt_at_any_line_leaves_nothing_on_the_server(lock, key):
         gc.collect(0)
         assert lock.holder(key) is None, f"line number {number} of those that were run"
     assert number > 50
+
+
+def test_a_release_that_was_broken_off_at_any_line_can_be_called_again(lock, key):
+    """No mask holds off a signal that another thread receives: its handler runs here."""
+    codes = {
+        redis_lock.RedisLease.release.__code__,
+        redis_server_module.FencedLock.give_back.__code__,
+    }
+    for number in itertools.count(1):
+        seen = itertools.count(1)
+
+        def trace(frame: types.FrameType, event: str, argument: Any) -> Any:
+            if frame.f_code not in codes:
+                return None
+            if event == "line" and next(seen) == number:  # noqa: B023
+                raise KeyboardInterrupt
+            return trace
+
+        lease = take(lock, key)
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            lease.release()
+        except KeyboardInterrupt:
+            sys.settrace(before)
+            lease.release()
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        assert lock.holder(key) is None, f"line number {number} of those that were run"
+    assert number > 10
 
 
 def test_a_ctrl_c_ends_the_wait_for_a_server_that_does_not_answer(tmp_path, key):
