@@ -1,4 +1,4 @@
-"""A pool whose idle worker was ended by a signal does not hang the program."""
+"""A pool whose workers were ended by a signal does not hang the program, whatever they did."""
 
 from __future__ import annotations
 
@@ -81,4 +81,130 @@ def test_an_idle_pool_that_still_has_its_lock_is_ended_by_python_alone(tmp_path)
     )
     assert script.finish() == 0, script.transcript()
     assert "has died" not in script.output
+    assert script.error_output == ""
+
+
+BUSY = """
+    import fcntl, multiprocessing, os, signal, struct, sys, termios, threading
+    from orchard_infra import managed_environment
+
+    LARGE = b"x" * 2**27
+
+    def give(count):
+        return LARGE[:count]
+
+    def with_a_large_task(pool):
+        pool.apply_async(len, (LARGE,))
+        while True:
+            for worker in pool._pool:
+                if received(worker.pid) > 2**20:
+                    return worker.pid
+
+    def received(pid):
+        return int(open(f"/proc/{pid}/io").readline().split()[1])
+
+    def with_a_large_result(pool):
+        go_on = threading.Event()
+        pool.apply_async(give, (1,), callback=lambda result: go_on.wait())  # nobody reads results
+        pool.apply_async(give, (2**27,))
+        while waiting(pool._outqueue._reader) < 2**15:
+            pass
+        return go_on
+
+    def waiting(reader):
+        return struct.unpack("i", fcntl.ioctl(reader.fileno(), termios.FIONREAD, b"    "))[0]
+
+    def kill(pool):
+        for worker in tuple(pool._pool):  # it makes new ones meanwhile
+            os.kill(worker.pid, signal.SIGKILL)
+"""
+
+
+def test_workers_that_die_in_the_middle_of_a_task_do_not_hang_the_program(tmp_path):
+    script = run_python(
+        tmp_path,
+        BUSY
+        + """
+    with managed_environment("x"), multiprocessing.Pool(2) as pool:
+        os.kill(with_a_large_task(pool), signal.SIGSTOP)  # it stays in the middle of it
+        kill(pool)
+        signal.raise_signal(signal.SIGTERM)
+    """,
+    )
+    assert script.finish(30) == 128 + signal.SIGTERM, script.transcript()
+
+
+def test_workers_that_die_in_the_middle_of_a_result_do_not_hang_the_program(tmp_path):
+    script = run_python(
+        tmp_path,
+        BUSY
+        + """
+    with managed_environment("x"), multiprocessing.Pool(2) as pool:
+        go_on = with_a_large_result(pool)
+        kill(pool)
+        go_on.set()
+        signal.raise_signal(signal.SIGTERM)
+    """,
+    )
+    assert script.finish(30) == 128 + signal.SIGTERM, script.transcript()
+
+
+def test_the_lock_of_a_worker_that_lives_is_not_taken_away_from_it(tmp_path):
+    """With two readers in one queue each gets a part of a message."""
+    script = run_python(
+        tmp_path,
+        BUSY
+        + """
+    def go_on_when_asked_to_end(pid):
+        while not asked_to_end(pid):
+            pass
+        print(pool._inqueue._rlock.acquire(False))
+        os.kill(pid, signal.SIGCONT)
+
+    def asked_to_end(pid):
+        lines = dict(line.split(":") for line in open(f"/proc/{pid}/status"))
+        return int(lines["ShdPnd"], 16) >> signal.SIGTERM - 1 & 1
+
+    with managed_environment("x"), multiprocessing.Pool(2) as pool:
+        pid = with_a_large_task(pool)
+        os.kill(pid, signal.SIGSTOP)  # it is slow
+        threading.Thread(target=go_on_when_asked_to_end, args=(pid,)).start()
+        signal.raise_signal(signal.SIGTERM)
+    """,
+    )
+    assert script.finish(30) == 128 + signal.SIGTERM, script.transcript()
+    assert script.output == "False\n"
+
+
+def test_a_pool_of_threads_is_left_alone(tmp_path):
+    script = run_python(
+        tmp_path,
+        """
+        import threading
+        from multiprocessing.pool import ThreadPool
+        from orchard_infra import managed_environment
+        from orchard_infra.system.pool_locks import StuckPool
+
+        def look():
+            looks = StuckPool()
+            while not looks.look():
+                pass
+            print(looks.look())
+            go_on.set()
+
+        def wait(result):
+            threading.Thread(target=look).start()
+            is_there.set()
+            go_on.wait()
+
+        is_there, go_on = threading.Event(), threading.Event()
+        with managed_environment("x"):
+            pool = ThreadPool(1)
+            pool.apply_async(int, callback=wait)
+            is_there.wait()
+            pool.terminate()
+        """,
+    )
+    assert script.finish(30) == 0, script.transcript()
+    assert script.output == "True\n"
     assert script.error_output == ""

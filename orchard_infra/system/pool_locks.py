@@ -1,51 +1,106 @@
-"""A `multiprocessing.Pool` whose lock has died with a worker does not hang the program.
+"""A `multiprocessing.Pool` whose workers died at a bad moment does not hang the program.
 
-An idle worker holds the lock of the queue of tasks while it waits for one. When SIGTERM ends that
-worker, as a signal to the whole process group does, nobody ever gives the lock back; and Python
-takes it, without a limit, before it ends the other workers. A program without a handler ends by the
-same signal. One that unwinds, because of our handler or its own, would stay there for ever.
+When SIGTERM ends the workers, as a signal to the whole process group does, one of them dies with
+the lock of the queue of tasks: an idle worker holds it while it waits for one. Another dies with
+the lock of the queue of results, or in the middle of a message. Python then waits without a limit
+before it ends the pool. A program without a handler ends by the same signal. One that unwinds,
+because of our handler or its own, would stay there for ever.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any
 
 import attrs
 
-PATIENCE = 1.0  # seconds between two looks: live workers hand the lock over within milliseconds
+PATIENCE = 1.0  # seconds between two looks: a pool whose workers are well ends in milliseconds
+_DRAINED = 2**28  # bytes of tasks that one look reads at most: leases have to be renewed, too
+_REFILL = 0.05  # seconds in which whoever writes a long task writes more of it
 
 
-@attrs.define(eq=False, repr=False)
+@attrs.define(eq=False)
 class StuckPool:
-    """Frees the main thread when two looks, `PATIENCE` apart, find it waiting for such a lock."""
+    """Frees the main thread when two looks, `PATIENCE` apart, find it at the end of one pool."""
 
-    _seen: tuple[int, int] | None = None
+    _seen: int | None = None
 
     def look(self) -> bool:
-        """Whether it may be waiting: look again soon. Called by the background thread."""
-        module = sys.modules.get("multiprocessing.pool")
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        end = getattr(getattr(module, "Pool", None), "_help_stuff_finish", None)
-        if frame is None or frame.f_code is not getattr(end, "__code__", None):
-            self._seen = None
-            return False
-        # It takes the lock and drains the queue. The same instruction twice is the lock.
-        here = id(frame), frame.f_lasti
-        if here != self._seen:
-            self._seen = here
-            return True
-        self._seen = None
+        """Whether it may be stuck: look again soon. Called by the background thread."""
+        frame = _end_of_pool()
+        seen, self._seen = self._seen, None if frame is None else id(frame)
+        if frame is None or self._seen != seen:
+            return frame is not None
         try:
-            # The workers are ended next, so that none can use the lock at the same time for long.
-            frame.f_locals["inqueue"]._rlock.release()
-        except (KeyError, AttributeError, ValueError):  # another Python, or it went on just now
-            return False
+            _free(frame.f_locals)
+        except (KeyError, AttributeError, ValueError, OSError):
+            pass  # another Python, a pool of threads, or it went on just now
+        return True
+
+
+def _end_of_pool() -> FrameType | None:
+    """The call of `Pool._terminate_pool` that the main thread is in."""
+    pool = getattr(sys.modules.get("multiprocessing.pool"), "Pool", None)
+    code = getattr(getattr(pool, "_terminate_pool", None), "__code__", None)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0) if code else None
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def _free(pool: Mapping[str, Any]) -> None:
+    """Do what a pool waits for that is ending; ``pool`` has the variables of `_terminate_pool`."""
+    living = [worker for worker in pool["pool"] if worker.exitcode is None]
+    if living:
+        # This is what Python does next. While one lives the lock may be its own: with the lock
+        # taken away from it, two would read one queue, and each would get a part of a message.
+        for worker in living:
+            worker.terminate()
+        return
+    inqueue, outqueue = pool["inqueue"], pool["outqueue"]
+    task_handler, result_handler = pool["task_handler"], pool["result_handler"]
+    freed = _release_orphan(outqueue._wlock)
+    # Where a worker died in the middle of a message, `recv` would take its rest for the next one.
+    if not task_handler.is_alive() or _drain(inqueue):
+        freed |= _release_orphan(inqueue._rlock)
+    if freed:
         logging.getLogger("Infrastructure").info(
             "a worker of multiprocessing.Pool has died with the lock of its queue: released it"
         )
+    elif not task_handler.is_alive() and result_handler.is_alive() and _is_joining():
+        # It waits for the rest of a message whose writer is dead. This tells it the end.
+        outqueue._writer.close()
+
+
+def _drain(queue: Any) -> bool:
+    """Read what tasks there are, which nobody will do; whether there were none."""
+    drained = 0
+    # Once the main thread has the lock it reads them itself.
+    while not queue._rlock._semlock._count() and drained < _DRAINED and queue._reader.poll(_REFILL):
+        drained += len(os.read(queue._reader.fileno(), 2**16))
+    return drained == 0
+
+
+def _release_orphan(lock: Any) -> bool:
+    """Release a lock that no thread of this process holds, and no living worker."""
+    if lock._semlock._count():
         return False
+    is_orphan = not lock.acquire(False)
+    lock.release()
+    return is_orphan
+
+
+def _is_joining() -> bool:
+    """Whether the main thread waits for a thread to end."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_code is not threading.Thread.join.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def has_pools() -> bool:
