@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 _AGAIN = 0.5  # seconds between two tries to take a suspect lock back
 _BRIEF = 2.0  # seconds for an answer that is not worth a longer wait
-_RESTART = 60.0  # seconds for which a waiter puts up with a server that is away
+_RESTART = 60.0  # seconds for which those who wait put up with a server that is away
 _MARGIN = 10.0  # seconds between a lease's giving up and the server's
 
 # A table, in a schema or not, as it stands in SQL without quotes.
@@ -170,11 +170,16 @@ class PostgresLock:
 
 @attrs.define(eq=False)
 class PostgresConnection:
-    """A `PostgresLock` on one connection, which is made when it is first needed."""
+    """A `PostgresLock` on one connection, which is made when it is first needed.
+
+    A server that has answered before may be away for a minute, to be restarted, say: a waiter goes
+    on waiting, and so do the ranks that wait for their rank 0.
+    """
 
     _lock: PostgresLock
     _session: Session | None = attrs.field(default=None, init=False)
-    _latest: Held | None = attrs.field(default=None, init=False)
+    _latest: Held = attrs.field(factory=Held, init=False)
+    _has_answered: bool = attrs.field(default=False, init=False)
     _away_since: float | None = attrs.field(default=None, init=False)
 
     def __enter__(self) -> PostgresConnection:
@@ -197,9 +202,7 @@ class PostgresConnection:
         return self._lock.poll
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> PostgresLease | Held:
-        """See `Lock.try_acquire`. A server that has answered before may be away for a minute, to be
-        restarted, say: a waiter goes on waiting.
-        """
+        """See `Lock.try_acquire`."""
         name = self._lock._name(key)
         names = Names.of(name)
 
@@ -211,14 +214,7 @@ class PostgresConnection:
             return Held(holder if is_held else None)
 
         with uninterrupted():
-            try:
-                outcome = self._ask(attempt, name)
-            except Unreachable:
-                self._away_since = self._away_since or server.now()
-                if self._latest is None or server.now() - self._away_since >= _RESTART:
-                    raise
-                return self._latest
-            self._away_since = None
+            outcome = self._ask_patiently(attempt, name) or self._latest
             if isinstance(outcome, Held):
                 self._latest = outcome
             else:
@@ -246,7 +242,21 @@ class PostgresConnection:
 
     def _look(self, key: LockKey) -> tuple[RunRecord | None, bool]:
         name = self._lock._name(key)
-        return self._ask(lambda session: _read(session, Names.of(name)), name)
+        found = self._ask_patiently(lambda session: _read(session, Names.of(name)), name)
+        return found or (None, False)
+
+    def _ask_patiently(self, question: Callable[[Session], T], name: str) -> T | None:
+        """What is answered; None while the server is away, and not yet for too long."""
+        try:
+            answer = self._ask(question, name)
+        except Unreachable:
+            if self._away_since is None:
+                self._away_since = server.now()
+            if not self._has_answered or server.now() - self._away_since >= _RESTART:
+                raise
+            return None
+        self._has_answered, self._away_since = True, None
+        return answer
 
     def _ask(self, question: Callable[[Session], T], name: str | None) -> T:
         """What is answered. A connection that has broken since the last time is made again."""
@@ -442,8 +452,8 @@ class PostgresLease:
             why = str(error)
         else:
             return
-        since = self._suspect_since
-        if since is not None and server.now() - since >= self._lock.grace:
+        suspect_since = self._suspect_since
+        if suspect_since is not None and server.now() - suspect_since >= self._lock.grace:
             raise self._lose(f"it cannot be confirmed: {why}")
         raise self._suspect(why)
 

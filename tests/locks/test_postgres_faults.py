@@ -360,19 +360,21 @@ def _is_confirmed(lease: PostgresLease) -> bool:
     return False
 
 
-def test_a_restart_of_the_server_costs_neither_the_holder_nor_a_waiter_anything(
+def test_a_restart_of_the_server_costs_neither_the_holder_nor_who_waits_anything(
     own_server: PostgresServer,
 ) -> None:
     url = own_server.create_database()
     lock = lock_at(url, grace=60)
     lease = take(lock)
-    with lock.connect() as waiter:
+    with lock.connect() as waiter, lock.connect() as rank:
         record = describe_this_run("digits")
         held = waiter.try_acquire(KEY, record)
         assert isinstance(held, Held)
+        assert rank.holder_now(KEY) == rank.holder(KEY) == held.holder
 
         own_server.stop()
         assert waiter.try_acquire(KEY, record) == held
+        assert rank.holder_now(KEY) is rank.holder(KEY) is None
         with pytest.raises(LockSuspectError, match="cannot be confirmed: cannot connect"):
             lease.verify()
         assert lease.interval == 0.2
@@ -380,6 +382,7 @@ def test_a_restart_of_the_server_costs_neither_the_holder_nor_a_waiter_anything(
 
         wait_until(lambda: _is_confirmed(lease))
         assert isinstance(waiter.try_acquire(KEY, record), Held)
+        assert rank.holder_now(KEY) == held.holder
         lease.release()
         successor = waiter.try_acquire(KEY, record)
     assert isinstance(successor, PostgresLease)
