@@ -136,10 +136,11 @@ class managed_environment:
         an error.
         """
         if reopen:
-            self.close()
             _close_opened(read_config(self._cfg))
+            if isinstance(self._session, _ForeignSession) and self._session.is_opened:
+                self.close()
         env = self.__enter__()
-        if isinstance(self._session, Session):
+        if self._session is not None:
             self._session.is_opened = True
         return env
 
@@ -209,7 +210,9 @@ class managed_environment:
 
     def _new_session(self) -> Session | _ForeignSession:
         """The session is kept before it is prepared: a Ctrl-C right after that must find it."""
-        if self._session is not None:
+        # One that is closed was closed by `Environment.close`, or to be opened again.
+        is_over = isinstance(self._session, Session) and self._session.is_closed
+        if self._session is not None and not is_over:
             raise InfrastructureError(
                 "this managed_environment is entered already; make one for each with-block"
             )
@@ -255,6 +258,7 @@ class _ForeignSession:
         self._cfg = cfg
         self._logger = logger
         self._is_prepared = False
+        self.is_opened = False
         self.is_closed = True  # and not to be closed again
 
     def prepare(self) -> Environment:

@@ -506,6 +506,59 @@ def test_what_open_has_entered_close_releases(cfg):
     assert not held(cfg)
 
 
+def test_what_its_own_close_has_ended_can_be_opened_again(cfg):
+    handle = managed_environment(cfg)
+    for _ in range(2):
+        env = handle.open()
+        assert held(cfg)
+        env.close()
+    assert not held(cfg)
+    handle.close()
+
+
+def test_reopening_closes_only_what_this_thread_has_opened(cfg):
+    handle = managed_environment(cfg)
+    with handle as block:
+        with pytest.raises(InfrastructureError):
+            handle.open(reopen=True)
+        with pytest.raises(EnvironmentLockedError):
+            managed_environment(cfg).open(reopen=True)
+        assert current_environments() == (block,)
+    opener = threading.Thread(target=handle.open)
+    opener.start()
+    opener.join()
+    (other,) = current_environments()
+    with pytest.raises(InfrastructureError):
+        handle.open(reopen=True)
+    assert current_environments() == (other,)
+    other.close()
+    env = handle.open()
+    assert handle.open(reopen=True) is not env
+    assert len(current_environments()) == 1
+    handle.close()
+    assert not held(cfg)
+
+
+def test_another_manager_is_reopened_as_well_but_not_within_its_block(cfg):
+    calls = []
+
+    class Manager:
+        def prepare_environment(self, cfg, logger=None):
+            calls.append("prepare")
+
+        def release_resources(self, cfg, logger=None):
+            calls.append("release")
+
+    handle = managed_environment(cfg, manager=Manager())
+    with handle, pytest.raises(InfrastructureError):
+        handle.open(reopen=True)
+    assert calls == ["prepare", "release"]
+    handle.open(reopen=True)
+    handle.open(reopen=True)
+    assert calls[2:] == ["prepare", "release", "prepare"]
+    handle.close()
+
+
 # --- by hand ---
 
 
