@@ -25,6 +25,7 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
+import re
 import select
 import shutil
 import signal
@@ -69,6 +70,7 @@ PATIENCE = 60.0
 TEST_MARK = "INFRA_TEST_MARK"
 
 _started: list[Script] = []
+_left_behind: set[str] = set()  # shared memory of scripts that were killed
 
 
 class Script(subprocess.Popen[bytes]):
@@ -118,6 +120,19 @@ class Script(subprocess.Popen[bytes]):
         assert self.stdin is not None
         self.stdin.write(line.encode() + b"\n")
         self.stdin.flush()
+
+    def send_signal(self, sig: int) -> None:
+        """As `subprocess.Popen.send_signal`, also when the process is killed: see `kill_group`."""
+        if sig == signal.SIGKILL:
+            _left_behind.update(_shared_memory_of([self.pid]))
+        super().send_signal(sig)
+
+    def kill_group(self) -> None:
+        """Kill its process group. Its semaphores are removed when the test ends: the tracker that
+        would do so may be in that group, or have been killed before.
+        """
+        _left_behind.update(_shared_memory_of([self.pid]))
+        os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
         """As `subprocess.Popen.wait`, which looks 20 times a second, but at once."""
@@ -275,11 +290,13 @@ def stop_everything_started(
     they stay.
 
     Trackers of shared memory and semaphores are given the time to remove what the others left, and
-    end then: nobody else can tell whose ``/dev/shm/sem.mp-*`` that is.
+    end then. What a test kills together with its tracker is removed if one of these processes has
+    it mapped: nothing else tells whose a ``/dev/shm/sem.mp-*`` is.
     """
     began = time.monotonic()
     # More than once, because what is being stopped may be forking.
     while (ours := _ours(mark, tmp_path, before)) and time.monotonic() < began + 10.0:
+        _left_behind.update(_shared_memory_of(process.pid for process in ours))
         others = [process for process in ours if not _is_tracker(process.pid)]
         if not others and time.monotonic() < began + 5.0:
             time.sleep(0.005)
@@ -294,6 +311,9 @@ def stop_everything_started(
         wait_gone(process.pid for process in others or ours)
     while _started:
         _started.pop().stop()
+    while _left_behind:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_left_behind.pop())
     # What a test forked by itself is not left as a zombie.
     mine = set(psutil.Process().children()).difference(before)
     psutil.wait_procs(
@@ -334,6 +354,24 @@ def _is_tracker(pid: int) -> bool:
     except OSError:
         return False
     return b"resource_tracker import main" in command or b"torch_shm_manager" in command
+
+
+def _shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """The semaphores and blocks of multiprocessing and loky that these processes have mapped."""
+    inodes: set[int] = set()
+    for pid in pids:
+        # By the number of the file: sem_open(3) gives it its name only after it has mapped it.
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text(errors="replace")
+            inodes.update(map(int, re.findall(r" (\d+) +/dev/shm/", maps)))
+    if not inodes:
+        return set()
+    with os.scandir("/dev/shm") as files:
+        return {
+            file.path
+            for file in files
+            if re.match(r"sem\.(mp|loky)-|psm_", file.name) and file.inode() in inodes
+        }
 
 
 def _works_in(pid: int, directory: Path) -> bool:

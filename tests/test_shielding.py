@@ -188,7 +188,7 @@ def test_a_worker_that_never_comes_back_to_python_ends_like_any_other(
     assert told(run, "ended") == [-signal.SIGTERM]
     assert is_running(workers[1])
 
-    os.killpg(run.pid, signal.SIGKILL)
+    run.kill_group()
     wait_gone(workers, 10)
 
 
@@ -318,7 +318,7 @@ def test_the_fork_server_is_shielded_and_its_other_workers_are_not(tmp_path: Pat
     assert (group, its_group) == (worker, run.pid)
     assert "fork server" not in run.error_output
 
-    os.killpg(run.pid, signal.SIGKILL)
+    run.kill_group()
     wait_gone([server, worker, plain], 10)
 
 
