@@ -20,6 +20,7 @@ import attrs
 
 from orchard_infra.errors import ConfigurationError, InfrastructureError
 from orchard_infra.locks.urls import Secret, redacted
+from orchard_infra.runs.record import RECORD_LIMIT
 from orchard_infra.system import files
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.text import printable
@@ -73,12 +74,14 @@ _IS_LOCK = """p.locktype = 'advisory' AND p.objsubid = 1 AND p.granted
 # The session that has signed row l has the lock.
 _IS_HELD = f"p.pid = l.backend AND {_IS_LOCK.format(lock='l.lock')}"
 
+# Whoever may write to the table may put a gigabyte there. What is longer than that is no record.
+_OWNER = f"left(l.owner, {RECORD_LIMIT + 1})"
 _HOLDER = f"""
-SELECT l.owner, l.fence, EXISTS (SELECT FROM pg_locks p WHERE {_IS_HELD})
+SELECT {_OWNER}, l.fence, EXISTS (SELECT FROM pg_locks p WHERE {_IS_HELD})
 FROM {{table}} l WHERE l.key = $1::text
 """
 _HOLDERS = f"""
-SELECT l.owner, l.fence FROM {{table}} l JOIN pg_locks p ON {_IS_HELD} ORDER BY l.since
+SELECT {_OWNER}, l.fence FROM {{table}} l JOIN pg_locks p ON {_IS_HELD} ORDER BY l.since
 """
 _CHECK = f"""
 SELECT EXISTS (

@@ -64,7 +64,11 @@ if tonumber(guard) > 0 then
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-fence = string.format('%.0f', math.max(now, tonumber(fence or 0) + 1))
+local last = tonumber(fence or 0)
+if not (last and last < 2^53 - 1) then  -- spoilt by somebody: as if it were lost
+    last = 0
+end
+fence = string.format('%.0f', math.max(now, last + 1))
 redis.call('SET', KEYS[1], token, 'PX', ttl)
 redis.call('SET', KEYS[2], record, 'PX', ttl)
 redis.call('SET', KEYS[3], fence, 'EX', kept)

@@ -17,6 +17,10 @@ from orchard_infra import PostgresLock, RedisLock
 from orchard_infra.locks.base import Held, ServerLock
 from orchard_infra.runs.record import describe_this_run
 from servers import PostgresServer, RedisServer
+from support import require_module
+
+require_module("psycopg")
+require_module("redis")
 
 SECRET = "hush4711"
 NOBODY = "127.0.0.1:1"
