@@ -145,6 +145,9 @@ def queue_plans(seed: int) -> list[Plan]:
             lasts = rng.choice([rng.uniform(0.05, 0.5), rng.uniform(0.5, 2.5), 4.0])
             waiter.attacks.append(Attack(after, rng.uniform(0.0, 0.4), what, lasts))
         waiters.append(waiter)
+    if seed % 5 == 0:
+        # The first in line does not run when the lock comes free, nor long after.
+        waiters[0].attacks = [Attack("waits", 0.0, "STOP", 4.5)]
     return [holder, *waiters]
 
 
