@@ -8,14 +8,15 @@ somebody else is worse than to miss a leak:
 * What a thread makes that was there before the test is not of the test, nor is what a process
   makes that was there.
 * What the value of a wider fixture leads to, or a global of the test's module that is unchanged,
-  is theirs: pools start workers when they are first used. What a library keeps in a global of
-  its own is meant for the program: to stop the service of a tracker loses somebody's records.
+  is theirs: pools start workers when they are first used. What another module keeps in a global
+  is meant for the program: to stop the service of a tracker loses somebody's records.
 * Files are removed only if this very process has made them, see `makings`.
 * Helpers that serve others (resource trackers, forkservers) are never blamed and never stopped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import gc
 import os
@@ -45,10 +46,11 @@ from orchard_infra.pytest_plugin.looking import (
     tensors_now,
 )
 from orchard_infra.pytest_plugin.makings import SHARED_MEMORY, Made, Makings
-from orchard_infra.pytest_plugin.reach import Reached, of_libraries, reach
+from orchard_infra.pytest_plugin.reach import Reached, of_modules, reach
 from orchard_infra.runs.membership import command_of
 from orchard_infra.runs.membership import is_ours as is_our_process
 from orchard_infra.system import processes
+from orchard_infra.system.files import device_and_inode
 from orchard_infra.system.killing import stop_processes
 from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import printable
@@ -58,6 +60,7 @@ _SETTLE = 0.5  # seconds for what is just ending
 _GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 _POLL = 0.01
 _COMMAND = 200  # characters of a command line
+_MONOTONIC = (time.monotonic,)  # in a tuple, where freezegun does not replace it
 
 _Fixture: TypeAlias = "pytest.FixtureDef[Any]"
 _Tensors: TypeAlias = "dict[tuple[str, int], int]"
@@ -112,6 +115,7 @@ class LeakWatch:
         self._ignored = config.getini("infra_leaks_ignore")
         self._makings = Makings()
         self._makings.listen()
+        self.test_modules: frozenset[str] = frozenset()
         self._harmless_threads = Threads.now().python  # of xdist, and other plugins
         self._test: _Test | None = None
         self._active: dict[_Fixture, Holdings] = {}  # those of wider scope that are set up
@@ -121,6 +125,10 @@ class LeakWatch:
 
     def close(self) -> None:
         self._makings.close()
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        modules = (getattr(item, "module", None) for item in session.items)
+        self.test_modules = frozenset(module.__name__ for module in modules if module is not None)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
@@ -200,7 +208,8 @@ class LeakWatch:
     def _end(self) -> str:
         """Look, judge, and clear away; what there is to say, or nothing."""
         try:
-            return self._found()
+            with _true_clock():
+                return self._found()
         except OSError as error:
             return f"cannot look for what was left behind: {error}"
 
@@ -283,7 +292,7 @@ class _Judge:
     watch: LeakWatch
     test: _Test | None
     _reached: Reached | None = attrs.field(default=None, init=False)
-    _library: Reached | None = attrs.field(default=None, init=False)
+    _modules: Reached | None = attrs.field(default=None, init=False)
     _targets: set[ProcessIdentity] = attrs.field(factory=set, init=False)
 
     def of_test(self, made: Holdings) -> list[Leak]:
@@ -365,7 +374,7 @@ class _Judge:
         detached = {
             i for i in commands if i in orphans and processes.session_of(i.pid) != own_session
         }
-        if not self._reach().is_whole or (commands and not self._reach_of_libraries().is_whole):
+        if not self._reach().is_whole or (commands and not self._reach_of_modules().is_whole):
             detached = set(commands)  # whose they are could not be found out
         self._targets = set(commands) - detached
         outcome = stop_processes(self._targets, grace=_GRACE, spare=self._is_spared)
@@ -388,7 +397,7 @@ class _Judge:
 
     def _is_lasting(self, pid: int) -> bool:
         return (
-            serves(pid) or pid in self._reach().numbers or pid in self._reach_of_libraries().numbers
+            serves(pid) or pid in self._reach().numbers or pid in self._reach_of_modules().numbers
         )
 
     def _others(self, holdings: Holdings) -> Iterator[Leak]:
@@ -411,7 +420,7 @@ class _Judge:
         kept = {
             *self._reach().descriptors,
             *self._reach_of_item().descriptors,
-            *self._reach_of_libraries().descriptors,
+            *self._reach_of_modules().descriptors,
             *_descriptors_of_helpers(),
         }
         now = files_now()  # again: a thread may just have closed its own
@@ -422,13 +431,13 @@ class _Judge:
     def _made(self, made: Iterable[Made]) -> Iterator[Leak]:
         alive: set[str] | None = None
         for one in made:
-            if not os.path.lexists(one.path) or self.watch.is_ignored(one.path):
+            if not one.is_there() or self.watch.is_ignored(one.path):
                 continue
             name = one.path.removeprefix(SHARED_MEMORY)
             names = {one.path, name, f"/{name}"}
-            if names & self._reach().texts or names & self._reach_of_libraries().texts:
+            if names & self._reach().texts or names & self._reach_of_modules().texts:
                 continue
-            if one.is_shared_memory:
+            if one.memory is not None:
                 yield Leak(f"shared memory {one.path}", _remove_shared_memory(one, name))
                 continue
             if alive is None:
@@ -452,10 +461,10 @@ class _Judge:
             self._reached = reach(self.watch.lasting_objects(self.test))
         return self._reached
 
-    def _reach_of_libraries(self) -> Reached:
-        if self._library is None:
-            self._library = reach(of_libraries(), any_number=False)
-        return self._library
+    def _reach_of_modules(self) -> Reached:
+        if self._modules is None:
+            self._modules = reach(of_modules(self.watch.test_modules), any_number=False)
+        return self._modules
 
     def _reach_of_item(self) -> Reached:
         """What goes away by itself when pytest forgets the test, which it does right after."""
@@ -466,12 +475,22 @@ class _Judge:
         return reach([*values, getattr(item, "_instance", None)])
 
 
+@contextlib.contextmanager
+def _true_clock() -> Iterator[None]:
+    """A fixture of wider scope may have stopped the clock, and then no wait would end."""
+    stopped, time.monotonic = time.monotonic, _MONOTONIC[0]
+    try:
+        yield
+    finally:
+        time.monotonic = stopped
+
+
 def _are_left(holdings: Holdings, now: Look) -> bool:
     look = holdings.look
     return bool(
         look.children & now.children
         or any(now.files.get(fd) == file for fd, file in look.files.items())
-        or any(os.path.lexists(made.path) for made in holdings.made)
+        or any(made.is_there() for made in holdings.made)
         or holdings.tensors
     )
 
@@ -524,6 +543,8 @@ def _remove_shared_memory(made: Made, name: str) -> str:
     try:
         with opened_directory(SHARED_MEMORY) as directory:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            if device_and_inode(status) != made.memory:
+                return "not removed: it is another one by now"
             if not is_ours(status, True) or is_open(directory, name) is not False:
                 return "not removed: somebody has it open"
             os.unlink(name, dir_fd=directory)

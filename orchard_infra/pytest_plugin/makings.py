@@ -16,6 +16,8 @@ from typing import Any
 
 import attrs
 
+from orchard_infra.system.files import device_and_inode
+
 SHARED_MEMORY = "/dev/shm/"
 _DEPTH = 300  # frames that are looked at
 
@@ -24,13 +26,21 @@ _DEPTH = 300  # frames that are looked at
 class Made:
     """A temporary directory or a shared memory segment that was made, in which thread.
 
+    ``memory`` tells a segment from one that another process makes later with its name.
     ``is_tracked``: the resource tracker of multiprocessing knows of it.
     """
 
     path: str
     thread: int
-    is_shared_memory: bool = False
+    memory: tuple[int, int] | None = None
     is_tracked: bool = False
+
+    def is_there(self) -> bool:
+        try:
+            found = device_and_inode(os.lstat(self.path))
+        except OSError:
+            return False
+        return self.memory in (None, found)
 
 
 class Makings:
@@ -68,10 +78,13 @@ class Makings:
             if memory is not None and type(argument) is int:
                 path = os.readlink(f"/proc/self/fd/{argument}")
                 if path.startswith(SHARED_MEMORY):
-                    self.entries.append(Made(path, thread, True, getattr(memory, "_track", True)))
+                    file = device_and_inode(os.fstat(argument))
+                    self.entries.append(Made(path, thread, file, getattr(memory, "_track", True)))
         elif isinstance(argument, str) and not _is_importing(caller):
             path = os.path.abspath(argument)
-            if os.path.dirname(path) == os.path.abspath(tempfile.gettempdir()):
+            is_temporary = os.path.dirname(path) == os.path.abspath(tempfile.gettempdir())
+            # Told before it is made. One that exists is not made, but another name is tried.
+            if is_temporary and not os.path.lexists(path):
                 self.entries.append(Made(path, thread))
 
 

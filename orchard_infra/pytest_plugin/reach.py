@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import gc
 import io
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -21,8 +20,9 @@ import attrs
 
 _LIMIT = 1_000_000  # objects
 _LARGE = 10_000  # members: data, in which any number may be found
-_FOREIGN = frozenset(("_pytest", "pluggy", "xdist", "execnet"))  # they lead to everything
-_INSTALLED = re.compile(r"[\\/](site|dist)-packages[\\/]")
+_FOREIGN = frozenset(
+    ("__main__", "_pytest", "pluggy", "xdist", "execnet")
+)  # they lead to everything
 _HOLDERS = (io.FileIO, socket.socket, subprocess.Popen)
 _HOLDING = frozenset(("multiprocessing.connection", "selectors"))
 
@@ -125,15 +125,16 @@ def _descriptors_of(one: object) -> Iterable[int]:
     return ()
 
 
-def of_libraries() -> Iterator[object]:
-    """The globals of every installed module. What a library keeps there is meant for the whole
-    program: the service of an experiment tracker, the pool of joblib.
+def of_modules(tests: Collection[str]) -> Iterator[object]:
+    """The globals of every module but those of ``tests``. What a library, or the code under test,
+    keeps there is meant for the whole program: the service of an experiment tracker, the pool of
+    joblib, a server that a helper starts once for all tests.
 
     Not those of the standard library: multiprocessing and subprocess list there what they have
     started, and nobody waits for.
     """
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        is_installed = isinstance(file, str) and _INSTALLED.search(file)
-        if is_installed and name.partition(".")[0] not in _FOREIGN:
-            yield from list(vars(module).values())
+        package = name.partition(".")[0]
+        is_foreign = package in sys.stdlib_module_names or package in _FOREIGN
+        if not is_foreign and name not in tests:
+            yield from list(getattr(module, "__dict__", {}).values())

@@ -192,12 +192,17 @@ INNOCENT_CONFTEST = """
 INNOCENT = """
     import os, subprocess, sys, tempfile, threading
     from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing.shared_memory import SharedMemory
+    import under_test as library
 
     at_import = [open(__file__), tempfile.mkdtemp(), subprocess.Popen(["sleep", "600"])]
     lazily = ProcessPoolExecutor(1)
+    of_another = []
 
     def teardown_module():
         lazily.shutdown()
+        library.end()
+        for path in of_another: os.rmdir(path) if os.path.isdir(path) else os.unlink(path)
         file, directory, process = at_import
         assert process.poll() is None
         process.terminate(); process.wait()
@@ -227,6 +232,24 @@ INNOCENT = """
     def test_own_directory(tmp_path, capfd, caplog, monkeypatch):
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         tempfile.mkdtemp()
+    def test_what_the_code_under_test_keeps(): library.serve()
+    def test_what_the_code_under_test_keeps_again():
+        library.serve()
+        assert library.server.poll() is None and os.path.isdir(library.directory)
+    def test_a_name_that_was_taken(monkeypatch):
+        "Nothing was made of the first name, which another program has."
+        taken = tempfile.gettempdir() + f"/orchard-test-{os.getpid()}"
+        os.mkdir(taken)
+        of_another.append(taken)
+        names = iter([os.path.basename(taken), os.path.basename(taken) + "-free"])
+        monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: names)
+        os.rmdir(tempfile.mkdtemp(prefix=""))
+    def test_memory_of_another_process_with_the_same_name():
+        name = f"orchard-test-{os.getpid()}"
+        memory = SharedMemory(name, create=True, size=1)
+        memory.close(); memory.unlink()
+        of_another.append(f"/dev/shm/{name}")
+        subprocess.run(["touch", of_another[-1]])
     def test_that_is_tidy():
         with tempfile.TemporaryDirectory(), open(__file__), subprocess.Popen(["true"]): pass
     def test_that_has_just_asked(): subprocess.Popen(["sleep", "600"]).terminate()
@@ -238,6 +261,24 @@ INNOCENT = """
         open(os.environ["CACHES"], "a").write(library.CACHE + "\\n")
     def test_environment(managed_env): pass
     def test_environment_again(managed_env): pass
+"""
+
+UNDER_TEST = """
+    import os, subprocess, tempfile
+
+    server = directory = None
+
+    def serve():
+        "Once for the program."
+        global server, directory
+        if server is None:
+            server = subprocess.Popen(["sleep", "600"])
+            directory = tempfile.mkdtemp()
+
+    def end():
+        if server is not None:
+            server.terminate(); server.wait()
+            os.rmdir(directory)
 """
 
 JOBLIB = """
@@ -269,13 +310,13 @@ def test_nobody_is_blamed_for_what_belongs_to_somebody_else(
     )
     neighbour.wait_for("shm")
     pytester.makeconftest(INNOCENT_CONFTEST)
-    pytester.makepyfile(test_innocent=INNOCENT)
+    pytester.makepyfile(test_innocent=INNOCENT, under_test=UNDER_TEST)
     if not options:
         require_module("joblib")
         pytester.makepyfile(test_joblib=JOBLIB)
     result = run("--infra-leaks=error", "-p", "pytest_timeout", "--timeout=100", *options)
 
-    result.assert_outcomes(passed=15 + (0 if options else 2))
+    result.assert_outcomes(passed=19 + (0 if options else 2))
     theirs = neighbour.output.split()
     caches = (tmp_path / "caches").read_text().split()
     assert len(theirs) > 4
@@ -377,6 +418,27 @@ def test_device_memory_of_a_real_gpu(pytester, run):
     result = run("--infra-leaks=error")
     result.assert_outcomes(passed=3, failed=1, errors=1)
     result.stdout.fnmatch_lines(["  device memory: 4000 bytes in tensors on cuda:0 *"])
+
+
+def test_a_clock_that_a_fixture_has_stopped_hangs_nothing(pytester, run):
+    pytester.makepyfile(
+        """
+        import os, subprocess, sys, time, pytest
+        @pytest.fixture(scope="module", autouse=True)
+        def stopped():
+            clock, time.monotonic = time.monotonic, lambda: 5.0
+            yield
+            time.monotonic = clock
+        def test_descriptor(): os.open(__file__, os.O_RDONLY)
+        def test_stubborn():
+            code = "import signal; signal.signal(15, signal.SIG_IGN); print(flush=True); input()"
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            subprocess.Popen([sys.executable, "-c", code], **pipes).stdout.read(1)
+        """
+    )
+    result = run("--infra-leaks=error")
+    result.assert_outcomes(passed=2, errors=2)
+    result.stdout.fnmatch_lines(["*left open*", "*ignored SIGTERM, killed*"])
 
 
 def test_ctrl_c_ends_pytest_and_what_the_test_had_started(start, tmp_path):
