@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import socket
 import subprocess
 import sys
@@ -131,8 +132,9 @@ def of_modules(tests: Collection[str]) -> Iterator[object]:
     joblib, a server that a helper starts once for all tests.
 
     Not those of the standard library: multiprocessing and subprocess list there what they have
-    started, and nobody waits for.
+    started, and nobody waits for. But a path in the environment leads child processes there.
     """
+    yield dict(os.environ)
     for name, module in list(sys.modules.items()):
         package = name.partition(".")[0]
         is_foreign = package in sys.stdlib_module_names or package in _FOREIGN

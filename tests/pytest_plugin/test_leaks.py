@@ -236,6 +236,10 @@ INNOCENT = """
     def test_what_the_code_under_test_keeps_again():
         library.serve()
         assert library.server.poll() is None and os.path.isdir(library.directory)
+    def test_a_cache_in_the_environment():
+        "As matplotlib makes one when there is no home."
+        os.environ["CACHE_OF_LIBRARY"] = tempfile.mkdtemp()
+        open(os.environ["CACHES"], "a").write(os.environ["CACHE_OF_LIBRARY"] + "\\n")
     def test_a_name_that_was_taken(monkeypatch):
         "Nothing was made of the first name, which another program has."
         taken = tempfile.gettempdir() + f"/orchard-test-{os.getpid()}"
@@ -316,7 +320,7 @@ def test_nobody_is_blamed_for_what_belongs_to_somebody_else(
         pytester.makepyfile(test_joblib=JOBLIB)
     result = run("--infra-leaks=error", "-p", "pytest_timeout", "--timeout=100", *options)
 
-    result.assert_outcomes(passed=19 + (0 if options else 2))
+    result.assert_outcomes(passed=20 + (0 if options else 2))
     theirs = neighbour.output.split()
     caches = (tmp_path / "caches").read_text().split()
     assert len(theirs) > 4
