@@ -115,6 +115,8 @@ class LeakWatch:
         self._ignored = config.getini("infra_leaks_ignore")
         self._makings = Makings()
         self._makings.listen()
+        self._sees_files = bool(files_now())
+        self._children: set[ProcessIdentity] = set()  # that were there before some test
         self.test_modules: frozenset[str] = frozenset()
         self._harmless_threads = Threads.now().python  # of xdist, and other plugins
         self._test: _Test | None = None
@@ -132,29 +134,33 @@ class LeakWatch:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, None, None]:
-        try:
+        self._test = None
+        with self._unless_blind():
             self._begin(item)
-        except OSError:  # no descriptors left: what they were needed for fails by itself
-            self._test = None
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: _Fixture) -> Generator[None, object, object]:
         if fixturedef.scope == "function" or self._test is None:
             return (yield)
-        test = self._test
-        before, mark, threads = Look.now(), len(self._makings.entries), Threads.now()
+        test, before, threads = self._test, Look(), self._test.threads
+        with self._unless_blind():
+            before, threads = self._look(), Threads.now()
+        mark = len(self._makings.entries)
         token = os.environ.pop(VARIABLE, None)
         try:
             return (yield)
         finally:
             if token is not None:
                 os.environ[VARIABLE] = token
-            made = Holdings(Look.now().since(before).since(test.known), self._makings.take(mark))
-            made.tensors = self._new_tensors()
-            self._tensors.update(made.tensors)
-            test.known.add(made.look)
-            test.threads = test.threads.with_those_since(threads)
+            made = Holdings(made=self._makings.take(mark))
+            with self._unless_blind():
+                if self._test is test:
+                    made.look = self._look().since(before).since(test.known)
+                    made.tensors = self._new_tensors()
+                    self._tensors.update(made.tensors)
+                    test.known.add(made.look)
+                    test.threads = test.threads.with_those_since(threads)
             self._active.setdefault(fixturedef, Holdings()).add(made)
 
     def pytest_fixture_post_finalizer(self, fixturedef: _Fixture) -> None:
@@ -187,15 +193,35 @@ class LeakWatch:
         if text:
             warnings.warn(InfraLeakWarning(text), stacklevel=1)
 
+    @contextlib.contextmanager
+    def _unless_blind(self) -> Iterator[None]:
+        """Where there are no descriptors left, or something has replaced what is looked with (a
+        fixture of pyfakefs), nothing fails, and nobody is judged until the next test.
+        """
+        try:
+            yield
+        except Exception:
+            self._test = None
+
+    def _look(self) -> Look:
+        look = Look.now()
+        if self._sees_files and not look.files:
+            raise OSError("no open file is to be seen")
+        return look
+
     def _begin(self, item: pytest.Item) -> None:
         self._makings.entries.clear()
         bytes_before = allocated()
         if bytes_before != self._bytes_of_tensors:
             self._tensors = tensors_now() if any(bytes_before.values()) else {}
             self._bytes_of_tensors = bytes_before
+        known = self._look()
+        # Those that were seen at any time are not of this test, whatever was seen meanwhile.
+        self._children |= known.children
+        known.children |= self._children
         self._test = _Test(
             item,
-            Look.now(),
+            known,
             Threads.now(),
             frozenset(processes.all_pids()),
             uuid.uuid4().hex,
@@ -210,7 +236,7 @@ class LeakWatch:
         try:
             with _true_clock():
                 return self._found()
-        except OSError as error:
+        except Exception as error:
             return f"cannot look for what was left behind: {error}"
 
     def _found(self) -> str:

@@ -445,6 +445,36 @@ def test_a_clock_that_a_fixture_has_stopped_hangs_nothing(pytester, run):
     result.stdout.fnmatch_lines(["*left open*", "*ignored SIGTERM, killed*"])
 
 
+@pytest.mark.parametrize("error", ["OSError", "RuntimeError"])
+def test_where_nothing_can_be_seen_nobody_is_judged(pytester, run, error):
+    """A fixture that replaces the file system, for several tests, hides what was there before."""
+    pytester.makepyfile(
+        """
+        import os, subprocess, pytest
+        # Not as it is: nothing leads to the process.
+        number = subprocess.Popen(["sleep", "600"], start_new_session=True).pid + 2**40
+        pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+        class TestBlind:
+            @pytest.fixture(scope="class", autouse=True)
+            def blind(self):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(os, "listdir", self.fail)
+                    patch.setattr(os, "readlink", self.fail)
+                    yield
+            def fail(self, *arguments): raise ERROR
+            def test_one(self): os.open(__file__, os.O_RDONLY)
+            def test_two(self): pass
+        def test_that_sees():
+            os.kill(number - 2**40, 0)
+            os.open(__file__, os.O_RDONLY)
+        def teardown_module(): os.kill(number - 2**40, 9)
+        """.replace("ERROR", error)
+    )
+    result = run("--infra-leaks=error")
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(["*ERROR at teardown of test_that_sees*", "*left open*"])
+
+
 def test_ctrl_c_ends_pytest_and_what_the_test_had_started(start, tmp_path):
     script = start(
         "interrupted",
