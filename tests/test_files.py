@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from orchard_infra.system.files import (
     same_file,
     write_whole,
 )
+from orchard_infra.system.flock import lock_descriptor
 from support import needs_another_user, run_python, wait_until
 
 NOBODY = 65534
@@ -394,3 +396,16 @@ def test_a_fifo_of_which_the_other_end_never_comes_hangs_nobody(tmp_path):
     script = run_python(tmp_path, source)
     wait_until(lambda: script.poll() is not None, 30)
     assert script.output == f"errno {errno.ENXIO}\n"
+
+
+def test_a_lock_that_is_held_is_no_error_after_portalocker_was_loaded_anew(tmp_path, monkeypatch):
+    """A test that runs pytest within its own process forgets what was imported there."""
+    first, second = (os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT) for _ in range(2))
+    try:
+        assert lock_descriptor(first)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "portalocker"]:
+            monkeypatch.delitem(sys.modules, name)
+        assert not lock_descriptor(second)
+    finally:
+        os.close(first)
+        os.close(second)

@@ -16,18 +16,23 @@ def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
     Raises:
         OSError: The file system has no such locks.
     """
-    import portalocker  # 50 ms
-
     try:
         _locker().lock(fd, _lock_flags(shared))
-    except portalocker.AlreadyLocked:
+    except _portalocker().AlreadyLocked:
         return False
-    except portalocker.LockException as error:
+    except _portalocker().LockException as error:
         cause = next((arg for arg in error.args if isinstance(arg, OSError)), error.__cause__)
         if isinstance(cause, OSError):
             raise cause from None
         raise OSError(errno.ENOLCK, str(error)) from error
     return True
+
+
+@functools.cache  # who loads it anew, as a test of a plugin does, has other classes of its errors
+def _portalocker() -> Any:
+    import portalocker  # 50 ms
+
+    return portalocker
 
 
 @functools.cache
@@ -36,19 +41,14 @@ def _locker() -> Any:
     five times as much, and follows whoever has set its LOCKER.
     """
     if sys.platform == "win32":
-        import portalocker
-
-        return portalocker
-    from portalocker.portalocker import FlockLocker
-
-    return FlockLocker()
+        return _portalocker()
+    return _portalocker().portalocker.FlockLocker()
 
 
 @functools.cache  # arithmetic with enum flags costs more than flock(2)
 def _lock_flags(shared: bool) -> Any:
-    from portalocker import LockFlags
-
-    return (LockFlags.SHARED if shared else LockFlags.EXCLUSIVE) | LockFlags.NON_BLOCKING
+    flags = _portalocker().LockFlags
+    return (flags.SHARED if shared else flags.EXCLUSIVE) | flags.NON_BLOCKING
 
 
 def unlock_descriptor(fd: int) -> None:
