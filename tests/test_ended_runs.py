@@ -4,11 +4,13 @@ down.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ import attrs
 import pytest
 
 from orchard_infra.runs import members
+from orchard_infra.runs import registry as registry_module
 from orchard_infra.runs.members import FoldedRun, MembersFile, read_members
 from orchard_infra.runs.membership import Membership
 from orchard_infra.runs.record import RunState, describe_this_run
@@ -636,3 +639,14 @@ def test_a_record_of_the_version_before_is_read_and_one_of_a_later_one_too(regis
         assert found.record.environment == written.get("environment")
     registration.close()
     (registry.directory / "other.run").unlink()
+
+
+def test_a_program_that_led_a_run_is_known_until_its_very_end(tmp_path, monkeypatch):
+    """The interpreter takes its modules apart before the process ends; that may take seconds."""
+    known = registry_module._OpenDirectory(str(tmp_path))
+    fd = known._fd
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    del known
+    gc.collect()
+    assert os.path.samestat(os.fstat(fd), os.stat(tmp_path))
+    os.close(fd)

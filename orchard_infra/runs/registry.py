@@ -557,6 +557,10 @@ class _OpenDirectory:
             lock_descriptor(self._fd, shared=True)
 
     def __del__(self) -> None:
+        # On a busy machine the last steps of an exit take seconds, and a run that had just been
+        # refused was stopped in them as a twin of the holder.
+        if sys.is_finalizing():
+            return
         with contextlib.suppress(AttributeError, OSError):
             # The program may have closed every descriptor, and have another file there by now.
             if files.still_open(self._fd, self._file):
