@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ def _become(request: dict[str, Any]) -> str:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environ"])
+    tempfile.tempdir = None  # it was found by the environment of the server
     for fd, (path, flags) in enumerate(request["files"]):
         opened = os.open(path, flags)
         os.dup2(opened, fd)
