@@ -6,6 +6,7 @@ It works with ``lightning`` and with ``pytorch_lightning``, whichever the progra
 from __future__ import annotations
 
 import importlib
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ class StopCallback(_base()):  # type: ignore[misc]
 
     It looks once a step, after the optimizer's step. With several processes they ask each other,
     and all stop at the same step. ``checkpoint`` is replaced in one go: a process that is killed
-    meanwhile leaves the one of before. ``stopped`` says whether it was written by this run.
+    meanwhile leaves the one of before. (One that is a directory is moved aside first, to
+    ``NAME.before``.) ``stopped`` says whether it was written by this run.
 
     `resume_from` is ``checkpoint`` where there is one. Remove it when the training is finished, or
     the next one goes on from there.
@@ -63,7 +65,7 @@ class StopCallback(_base()):  # type: ignore[misc]
         self.checkpoint = Path(checkpoint)
         self.stopped = False
         self._env = env
-        self._limit_val_batches: Any = None
+        self._before: tuple[Any, Any, Any] = (None, None, None)
         self._on_sigterm: Any = None
 
     @property
@@ -73,7 +75,7 @@ class StopCallback(_base()):  # type: ignore[misc]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self.stopped = False
-        self._limit_val_batches = trainer.limit_val_batches
+        self._before = (trainer.limit_val_batches, *_minima(trainer))
         # Lightning installs its own handler after this hook, and gives all back at the end.
         handler = signal.getsignal(signal.SIGTERM)
         self._on_sigterm = None if takeover_of(handler) is None else handler
@@ -98,7 +100,7 @@ class StopCallback(_base()):  # type: ignore[misc]
         half_written = self.checkpoint.with_name(f"{self.checkpoint.name}.tmp")
         trainer.save_checkpoint(half_written)  # all ranks take part
         if trainer.is_global_zero:
-            half_written.replace(self.checkpoint)
+            _put_in_place(half_written, self.checkpoint)
         self.stopped = True
         trainer.should_stop = True
         trainer.limit_val_batches = 0
@@ -112,9 +114,27 @@ class StopCallback(_base()):  # type: ignore[misc]
 
     def _restore(self, trainer: Any) -> None:
         if self.stopped:
-            trainer.limit_val_batches = self._limit_val_batches
-            trainer.fit_loop.epoch_loop.min_steps = trainer.min_steps
+            trainer.limit_val_batches, epochs, steps = self._before
+            trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = epochs, steps
 
     def _take_sigterm_back(self) -> None:
         if self._on_sigterm is not None and is_in_main_thread():
             signal.signal(signal.SIGTERM, self._on_sigterm)
+
+
+def _minima(trainer: Any) -> tuple[Any, Any]:
+    return trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
+
+
+def _put_in_place(half_written: Path, checkpoint: Path) -> None:
+    """Where strategies write a directory (FSDP, DeepSpeed), the one of before is moved aside
+    first: a directory does not replace one that has something in it.
+    """
+    if not checkpoint.is_dir():
+        half_written.replace(checkpoint)
+        return
+    before = checkpoint.with_name(f"{checkpoint.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    checkpoint.rename(before)
+    half_written.rename(checkpoint)
+    shutil.rmtree(before, ignore_errors=True)

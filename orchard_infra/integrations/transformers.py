@@ -34,9 +34,11 @@ class StopCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.stopped = False
         self._env = env
         self._shield_workers = shield_workers
+        self._limit_before: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stopped = False
+        self._limit_before = args.save_total_limit
         if self._shield_workers and args.dataloader_num_workers > 0:
             loader = kwargs["train_dataloader"]
             # accelerate wraps the one that starts the workers.
@@ -58,6 +60,10 @@ class StopCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:  # saved already, at the end of the step
             control.should_save = control.should_evaluate = False
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            args.save_total_limit = self._limit_before
 
 
 def _nothing(worker: int) -> None:

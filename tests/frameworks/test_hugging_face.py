@@ -197,6 +197,7 @@ with managed_environment("digits", manager=manager) as env:
     )
     trainer.train()
     print(stop.stopped, *sorted(os.listdir("out")), flush=True)
+    print("limit", arguments.save_total_limit)
 """
 
 
@@ -206,6 +207,7 @@ def test_no_rule_of_the_trainer_evaluates_first_or_deletes_the_checkpoint_of_a_s
     script = server.run_python(tmp_path, STRICT, "1000")
     assert script.finish() == 0, script.transcript()
     assert "True checkpoint-12 checkpoint-4" in script.output
+    assert "limit 1" in script.output
     assert "evaluated after 8" in script.output
     assert "evaluated after 12" not in script.output
 

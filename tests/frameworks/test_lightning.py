@@ -194,6 +194,8 @@ else:
 from lightning_train import Line, points
 from orchard_infra import *
 from orchard_infra.integrations.lightning import StopCallback
+from orchard_infra.integrations.lightning import _put_in_place as put_in_place
+from pathlib import Path
 
 class Slow(Line):
     def training_step(self, batch, index):
@@ -217,6 +219,13 @@ with managed_environment("digits", manager=manager) as env:
     trainer.fit(Slow(), points(0))
     print(trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
     print(stop.stopped, stop.resume_from, trainer.limit_val_batches)
+    print(trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps)
+    # A strategy that shards the model writes a directory, which may be there from the last stop.
+    for part in ("old", "new"):
+        os.makedirs("sharded.tmp")
+        Path("sharded.tmp", part).touch()
+        put_in_place(Path("sharded.tmp"), Path("sharded"))
+        print(*os.listdir("sharded"), os.path.exists("sharded.before"))
 """
 
 
@@ -227,7 +236,13 @@ def test_neither_a_validation_nor_a_minimum_of_steps_keeps_the_callback_from_sto
     needs(framework)
     script = server.run_python(tmp_path, IMPATIENT, framework)
     assert script.finish() == 0, script.transcript()
-    assert script.output.splitlines()[-2:] == ["3 4", "True here/stopped.ckpt 1.0"]
+    assert script.output.splitlines()[-5:] == [
+        "3 4",
+        "True here/stopped.ckpt 1.0",
+        "100000000 100000000",
+        "old False",
+        "new False",
+    ]
     assert "validates" not in script.output
 
 
