@@ -6,12 +6,13 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from support import Script, is_running, run_command, wait_gone, wait_until
+from support import Script, is_running, run_command, run_python, wait_gone, wait_until
 from wrapping import COMMAND, LISTENER, Wrapper, child_of, is_stopped, send, wait_for_witness
 
 FORWARDED = ["INT", "TERM", "HUP", "QUIT", "USR1", "WINCH", "ALRM"]
@@ -194,3 +195,32 @@ def test_the_witness_ends_with_a_killed_wrapper(wrapper: Wrapper) -> None:
     wait_gone(set(children) - {command.pid})
     assert is_running(command.pid)
     command.kill()
+
+
+WAITS = """
+    import signal, sys
+    from orchard_infra.cli.run.supervisor import _wait_for_signal
+
+    awaited = {signal.SIGUSR1, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*awaited, signal.SIGALRM})
+    print("waits", flush=True)
+    print("got", _wait_for_signal(awaited, 0.3), flush=True)
+    print("got", _wait_for_signal(awaited, 60).si_signo, flush=True)
+    print("got", _wait_for_signal(awaited, 0), flush=True)
+"""
+
+
+def test_a_stop_that_outlasts_a_wait_for_signals_makes_none_up(tmp_path: Path) -> None:
+    # The wrapper sent its command a signal out of random memory, or gave up and left it behind.
+    script = run_python(tmp_path, WAITS)
+    script.wait_for("waits")
+
+    send(script, signal.SIGSTOP)
+    wait_until(lambda: is_stopped(script.pid))
+    time.sleep(0.4)
+    send(script, signal.SIGCONT)
+    script.wait_for("got None")
+    send(script, signal.SIGUSR1)
+
+    assert script.finish() == 0
+    assert script.output.split("waits\n")[1] == f"got None\ngot {int(signal.SIGUSR1)}\ngot None\n"

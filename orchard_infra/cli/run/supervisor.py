@@ -19,7 +19,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -99,7 +99,9 @@ class Supervisor:
         ) - {signal.SIGCHLD}
         # Ignored, as it may have been inherited, it would reap the command for us.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*self._passed_on, signal.SIGCHLD})
+        self._mask = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {*self._passed_on, signal.SIGCHLD, signal.SIGALRM}
+        )
         _become_subreaper()
         if not self.reap():  # children from before an exec are not the command's
             self.before = frozenset(processes.descendants([os.getpid()]).values())
@@ -137,10 +139,7 @@ class Supervisor:
         awaited = {*self._passed_on, signal.SIGCHLD}
         while self._status is None:
             due = min(self._witness_at, self._hint_at)
-            if due == math.inf:
-                info: struct_siginfo | None = signal.sigwaitinfo(awaited)
-            else:
-                info = signal.sigtimedwait(awaited, max(0.0, due - time.monotonic()))
+            info = _wait_for_signal(awaited, due - time.monotonic())
             if info is not None:
                 self._take(info)
             if self._status is None:
@@ -189,7 +188,7 @@ class Supervisor:
         comes instead.
         """
         awaited = {signal.SIGCHLD, *self._passed_on.intersection(END_SIGNALS)}
-        info = signal.sigtimedwait(awaited, max(0.0, seconds))
+        info = _wait_for_signal(awaited, seconds)
         return None if info is None or info.si_signo == signal.SIGCHLD else info
 
     def _take_late_signal(self, info: struct_siginfo) -> None:
@@ -346,6 +345,29 @@ class Supervisor:
     def _is_to_stop(self) -> bool:
         """Whether a Ctrl-Z has come since: it also takes a SIGCONT back from the witness."""
         return not signal.sigpending().isdisjoint(_JOB_STOPS)
+
+
+def _wait_for_signal(signums: Collection[int], seconds: float) -> struct_siginfo | None:
+    """One of these signals, all of which are blocked, as SIGALRM is; None after so many seconds.
+
+    `signal.sigtimedwait` returns random memory as a signal, in all versions of Python, when the
+    process is stopped during the wait and goes on after the time is over. Here a timer ends it.
+    """
+    if seconds == math.inf:
+        return signal.sigwaitinfo(signums)
+    info = signal.sigtimedwait(signums, 0)
+    if info is not None or seconds <= 0:
+        return info
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        while True:
+            info = signal.sigwaitinfo({*signums, signal.SIGALRM})
+            if info.si_signo == signal.SIGALRM and info.si_code > 0:  # the kernel's: the timer
+                return None
+            if info.si_signo in signums:
+                return info
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _is_for_group(info: struct_siginfo) -> bool:
