@@ -219,6 +219,11 @@ def _cut(direction: str) -> Callable[[Scene], None]:
     return strike
 
 
+def _power_off(scene: Scene) -> None:
+    _cut("both")(scene)  # else its kernel would still close the connections
+    scene.network["alpha"].power_off()
+
+
 def _heal(scene: Scene) -> None:
     scene.network.heal()
 
@@ -233,7 +238,7 @@ def _server(act: Callable[[Server], object]) -> Callable[[Scene], None]:
 
 FAULTS = (
     Fault("holder killed", _signal_holder(signal.SIGKILL)),
-    Fault("holder's host loses power", lambda scene: scene.network["alpha"].power_off()),
+    Fault("holder's host loses power", _power_off),
     Fault("holder stopped for 40 s", _pause_holder, _signal_holder(signal.SIGCONT), 40.0),
     Fault(
         "holder killed, a forked worker lives",
