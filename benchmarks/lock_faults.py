@@ -323,7 +323,7 @@ def _scene(kind: str, directory: Path, *, guard: bool = False) -> Iterator[Scene
 def _try(kind: str, fault: Fault, directory: Path) -> Result:
     with _scene(kind, directory, guard=fault.guard) as scene:
         scene.holder = holder = scene.start(scene.network["alpha"], HOLDER)
-        holder.wait_for("held", PATIENCE)
+        wait_until(lambda: _told(holder, "held"), PATIENCE, what=holder.transcript)
         scene.waiter = waiter = scene.start(scene.network["beta"], HOLDER)
         waiter.wait_for("waiting for the lock", PATIENCE)
         fault.before(scene)
