@@ -32,6 +32,7 @@ from orchard_infra.locks.base import (
     connected,
     describe_lock,
 )
+from orchard_infra.locks.checks import check_timeout
 from orchard_infra.runs.record import RunRecord
 from orchard_infra.system.masking import uninterrupted
 
@@ -48,12 +49,6 @@ def _check_locks(instance: object, attribute: attrs.Attribute[Any], locks: Seque
             raise TypeError(f"AllOf takes locks, such as FileLock(); not {lock!r:.80}")
 
 
-def _check_timeout(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and value >= 0):
-        raise ValueError(f"timeout must be a number of seconds >= 0, or None; not {value!r}")
-
-
 @attrs.frozen(init=False)
 class AllOf:
     """Several locks as one: it is held when all of them are, and lost when one of them is.
@@ -68,7 +63,7 @@ class AllOf:
     """
 
     locks: tuple[Lock, ...] = attrs.field(validator=_check_locks)
-    timeout: float | None = attrs.field(validator=_check_timeout)
+    timeout: float | None = attrs.field(validator=check_timeout)
 
     def __init__(self, *locks: Lock, timeout: float | object | None = _FIRST) -> None:
         if timeout is _FIRST:

@@ -27,6 +27,7 @@ import attrs
 from orchard_infra.errors import InfrastructureError, LockLostError
 from orchard_infra.locks import counter, queue
 from orchard_infra.locks.base import Held, LockKey
+from orchard_infra.locks.checks import check_seconds, check_timeout
 from orchard_infra.runs.record import RECORD_LIMIT, RECORD_START, RunRecord, from_json, to_json
 from orchard_infra.system import files
 from orchard_infra.system.flock import lock_descriptor, unlock_descriptor
@@ -46,18 +47,6 @@ _NETWORK_FILE_SYSTEMS = frozenset((
 # fmt: on
 
 
-def _valid_timeout(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise ValueError(f"timeout must be a number of seconds >= 0, or None; not {value!r}")
-
-
-def _valid_interval(instance: object, attribute: attrs.Attribute[Any], value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"interval must be a number of seconds > 0, not {value!r}")
-
-
 @attrs.frozen
 class FileLock:
     """A lock file, with the record of its holder inside.
@@ -66,8 +55,8 @@ class FileLock:
     ever. ``interval``, in seconds, is how often a held lock is looked after in the background.
     """
 
-    timeout: float | None = attrs.field(default=0.0, validator=_valid_timeout)
-    interval: float = attrs.field(default=5.0, validator=_valid_interval)
+    timeout: float | None = attrs.field(default=0.0, validator=check_timeout)
+    interval: float = attrs.field(default=5.0, validator=check_seconds)
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> FileLease | Held:
         """See `Lock.try_acquire`. Missing parent directories are made."""

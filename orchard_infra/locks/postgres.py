@@ -27,6 +27,7 @@ import attrs
 from orchard_infra.errors import InfrastructureError, LockLostError, LockSuspectError
 from orchard_infra.locks import postgres_server as server
 from orchard_infra.locks.base import Held, LockKey
+from orchard_infra.locks.checks import check_lock_key, check_seconds, check_timeout, check_url
 from orchard_infra.locks.postgres_server import Names, Session, Silent, Unreachable
 from orchard_infra.locks.urls import find_url, record_for_others
 from orchard_infra.runs.record import RunRecord, from_json
@@ -44,31 +45,6 @@ _MARGIN = 10.0  # seconds between a lease's giving up and the server's
 _TABLE = re.compile(r"[a-z_][a-z0-9_]{0,62}(\.[a-z_][a-z0-9_]{0,62})?")
 
 _logger = logging.getLogger("Infrastructure")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_timeout(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and not (_is_number(value) and value >= 0):
-        raise ValueError(f"timeout must be a number of seconds >= 0, or None; not {value!r}")
-
-
-def _check_seconds(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not (_is_number(value) and 0 < value <= 3600):
-        raise ValueError(f"{attribute.name} must be a number of seconds > 0, not {value!r}")
-
-
-def _check_url(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    # The value is not shown: it may hold a password.
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"url must be a text or None, not {type(value).__name__}")
-
-
-def _check_lock_key(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"lock_key must be a text that is not empty, or None; not {value!r}")
 
 
 def _check_table(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -98,14 +74,14 @@ class PostgresLock:
     reach 10 s after that.
     """
 
-    url: str | None = attrs.field(default=None, repr=False, validator=_check_url)
-    timeout: float | None = attrs.field(default=0.0, validator=_check_timeout)
-    lock_key: str | None = attrs.field(default=None, validator=_check_lock_key)
+    url: str | None = attrs.field(default=None, repr=False, validator=check_url)
+    timeout: float | None = attrs.field(default=0.0, validator=check_timeout)
+    lock_key: str | None = attrs.field(default=None, validator=check_lock_key)
     table: str = attrs.field(default="orchard_infra_locks", validator=_check_table)
-    poll: float = attrs.field(default=0.5, validator=_check_seconds, kw_only=True, repr=False)
-    interval: float = attrs.field(default=5.0, validator=_check_seconds, kw_only=True, repr=False)
-    answer: float = attrs.field(default=5.0, validator=_check_seconds, kw_only=True, repr=False)
-    grace: float = attrs.field(default=10.0, validator=_check_seconds, kw_only=True, repr=False)
+    poll: float = attrs.field(default=0.5, validator=check_seconds, kw_only=True, repr=False)
+    interval: float = attrs.field(default=5.0, validator=check_seconds, kw_only=True, repr=False)
+    answer: float = attrs.field(default=5.0, validator=check_seconds, kw_only=True, repr=False)
+    grace: float = attrs.field(default=10.0, validator=check_seconds, kw_only=True, repr=False)
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> PostgresLease | Held:
         """See `Lock.try_acquire`."""

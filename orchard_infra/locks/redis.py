@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -30,9 +29,17 @@ from orchard_infra.errors import (
     LockSuspectError,
 )
 from orchard_infra.locks.base import Held, LockKey
+from orchard_infra.locks.checks import (
+    check_lock_key,
+    check_seconds,
+    check_timeout,
+    check_url,
+    is_number,
+)
 from orchard_infra.locks.urls import REDIS_SCHEMES, find_url, record_for_others, shown
 from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.system.masking import interruptible, uninterrupted
+from orchard_infra.system.text import printable
 
 if TYPE_CHECKING:
     from orchard_infra.locks.redis_server import FencedLock, Renewed, Server
@@ -48,43 +55,18 @@ _SURE = 0.9  # of the ttl: two clocks do not tick alike
 _warned: set[str] = set()
 
 
-def _check_timeout(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and value >= 0):  # type: ignore[operator]
-        raise ValueError(f"timeout must be a number of seconds >= 0, or None; not {value!r}")
-
-
-def _check_ttl(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 1 <= value <= 86_400):  # type: ignore[operator]
+def _check_ttl(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not (is_number(value) and 1 <= value <= 86_400):
         raise ValueError(f"ttl must be a number of seconds from 1 to 86400, not {value!r}")
 
 
-def _check_renew(instance: RedisLock, attribute: attrs.Attribute[Any], value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 < value <= instance.ttl / 3):  # type: ignore[operator]
+def _check_renew(instance: RedisLock, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not (is_number(value) and 0 < value <= instance.ttl / 3):
         raise ValueError(
             f"renew must be a number of seconds > 0, and at most a third of ttl={instance.ttl:g}, "
             f"that is {instance.ttl / 3:g}: one renewal may fail, and the next one must come in "
             f"time; not {value!r}"
         )
-
-
-def _check_poll(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 < value < math.inf):  # type: ignore[operator]
-        raise ValueError(f"poll must be a number of seconds > 0, not {value!r}")
-
-
-def _check_url(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    # The value is not shown: it may hold a password.
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"url must be a text or None, not {type(value).__name__}")
-
-
-def _check_lock_key(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if value is not None and not (isinstance(value, str) and value):
-        raise ValueError(f"lock_key must be a text that is not empty, or None; not {value!r}")
 
 
 @attrs.frozen
@@ -106,13 +88,13 @@ class RedisLock:
     how many seconds a waiter lets pass between two tries, on average.
     """
 
-    url: str | None = attrs.field(default=None, repr=False, validator=_check_url)
-    timeout: float | None = attrs.field(default=0.0, validator=_check_timeout)
+    url: str | None = attrs.field(default=None, repr=False, validator=check_url)
+    timeout: float | None = attrs.field(default=0.0, validator=check_timeout)
     ttl: float = attrs.field(default=30.0, validator=_check_ttl)
     renew: float = attrs.field(default=5.0, validator=_check_renew)
-    lock_key: str | None = attrs.field(default=None, validator=_check_lock_key)
+    lock_key: str | None = attrs.field(default=None, validator=check_lock_key)
     guard: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
-    poll: float = attrs.field(default=1.0, validator=_check_poll)
+    poll: float = attrs.field(default=1.0, validator=check_seconds)
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> RedisLease | Held:
         """See `Lock.try_acquire`."""
@@ -147,7 +129,7 @@ class RedisLock:
             where = shown(find_url(self.url))
         except ConfigurationError:
             where = "a Redis server without a URL"
-        return f"{self.name_of(key)} on {where}"
+        return f"{printable(self.name_of(key))[:200]} on {where}"
 
     def runs(self) -> Sequence[RunRecord]:
         """See `ServerLock.runs`."""

@@ -16,6 +16,7 @@ import copy
 import hashlib
 import math
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -215,7 +216,8 @@ class Server:
         except NoPermission:
             return None  # the script for the guard will say so, where that is wanted
         where = shown(self.url)
-        version = tuple(int(part) for part in str(info.get("redis_version", "")).split(".")[:2])
+        numbers = re.match(r"(\d+)\.(\d+)", str(info.get("redis_version", "")))
+        version = tuple(map(int, numbers.groups())) if numbers else ()  # unknown: it is tried
         if version and version < _OLDEST:
             raise InfrastructureError(
                 f"{where} is Redis {info['redis_version']}, which is too old for a lock: 5.0 or "
