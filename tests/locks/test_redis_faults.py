@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import pytest
 from forking import ForkedScript, ForkServer
 from hosts import Network
 from locking import exit_status, forked
-from orchard_infra import RedisLock
+from orchard_infra import InfrastructureManager, RedisLock, managed_environment
 from orchard_infra.errors import LockLostError, LockSuspectError
 from orchard_infra.locks import redis as redis_lock
 from orchard_infra.locks.acquiring import acquire
@@ -253,6 +254,29 @@ def test_a_pause_that_the_ttl_outlasts_costs_nothing(scene, monkeypatch):
     lease.verify()
     assert fence == lease.fence
     lease.release()
+
+
+def test_a_callback_that_takes_longer_than_the_ttl_does_not_expire_the_lock(redis_server):
+    """What a user does in `on_stop` may take minutes: renewals have a thread of their own."""
+    lock = RedisLock(redis_server.url, ttl=1.5, renew=0.3, guard=False)
+    done, entered = threading.Event(), threading.Event()
+
+    def save(request: object) -> None:
+        entered.set()
+        done.wait(60)
+
+    manager = InfrastructureManager(locker=lock, sanitizer=None)
+    with managed_environment(f"slow-{uuid.uuid4().hex}", manager=manager) as env:
+        env.on_stop(save)
+        env.request_stop("enough")
+        assert entered.wait(60)
+        until = time.monotonic() + 2 * lock.ttl
+        wait_until(lambda: time.monotonic() > until)
+        assert not done.is_set()
+        # Without asking the server, which would renew it: what the renewals have left of the ttl.
+        assert env.fence
+        assert not env.lock_lost
+        done.set()
 
 
 def test_a_jump_of_the_wall_clock_changes_nothing(scene, monkeypatch):
