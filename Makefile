@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A test that hangs ends its worker, and would be tried again in each new one.
 PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup --max-worker-restart 2
 
-.PHONY: help venv demo test test-frameworks docs everything-installed check lint types format \
+.PHONY: help venv demo test test-slow test-frameworks docs everything-installed check lint types format \
 	test-all-pythons test-gpu short-chaos chaos bench build clean
 
 help: ## Show this
@@ -47,8 +47,11 @@ $(DOCS): $(INSTALLED) requirements-docs.txt
 demo: $(INSTALLED) ## Train a small network on real images, protected
 	$(BIN)/python examples/train_digits.py
 
-test: $(INSTALLED) ## Run the tests, documentation and examples included, with what is installed
-	$(PYTEST)
+test: $(INSTALLED) ## Run the tests, documentation included, with what is installed
+	$(PYTEST) -m "not slow and not gpu and not chaos"
+
+test-slow: $(INSTALLED) ## Run those that take more than some seconds: trainings, storms, benchmarks
+	$(PYTEST) -m "slow and not gpu and not chaos"
 
 test-frameworks: $(FRAMEWORKS) ## Install Lightning, Transformers, Ray ... and run the tests with them
 	$(PYTEST) tests/frameworks
@@ -59,7 +62,7 @@ docs: $(DOCS) ## Build the documentation site into site/; a broken link is an er
 everything-installed: $(FRAMEWORKS) $(DOCS)
 
 # Once all is installed, `test` leaves nothing out. Two minutes are chaos.
-check: everything-installed lint types test docs short-chaos ## Everything that a change must pass
+check: everything-installed lint types test test-slow docs short-chaos ## Everything that a change must pass
 
 lint: $(INSTALLED) ## Check style and formatting
 	$(BIN)/ruff check .

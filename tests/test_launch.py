@@ -599,6 +599,7 @@ def same_job(tellings: list[dict[str, object]]) -> bool:
     return all(isinstance(job, str) and is_same_job(job, str(jobs[0])) for job in jobs)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_real_torchrun_agree_on_their_job_also_after_an_elastic_restart(
     tmp_path: Path,
 ) -> None:

@@ -819,6 +819,7 @@ def test_no_live_record_is_removed_however_many_collect(tmp_path, registry):
     assert list(registry.directory.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_readers_at_the_same_time_take_nobody_for_what_it_is_not(tmp_path, registry):
     live = [start(tmp_path, "run"), start(tmp_path), start(tmp_path, "run", "close descriptors")]
     dead = [start(tmp_path, "run") for _ in range(3)]

@@ -444,6 +444,7 @@ INTERRUPTED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_an_interrupt_at_any_instant_leaves_nothing_entered(tmp_path, seed):
     run = run_python(tmp_path, INTERRUPTED, seed)

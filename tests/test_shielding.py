@@ -122,6 +122,7 @@ def told(run: Script, word: str, number: int = 0) -> list[int]:
     return lines()[number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["pools", "loaders"])
 def test_shielded_workers_outlive_a_signal_to_the_group_and_nothing_else(

@@ -25,6 +25,7 @@ ONE_GOAL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_quick_run_writes_the_documented_json(tmp_path: Path, name: str) -> None:
     target = tmp_path / "figures.json"

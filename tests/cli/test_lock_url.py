@@ -314,6 +314,7 @@ def test_a_password_in_an_argument_is_refused_and_the_ways_are_named(
     assert PASSWORD not in script.transcript()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["postgres", "redis"])
 def test_a_password_is_nowhere_to_be_seen(
     kind: str, wrapper: Wrapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

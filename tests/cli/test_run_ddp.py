@@ -78,6 +78,7 @@ def job(request: pytest.FixtureRequest, wrapper: Wrapper, free_port: int) -> Job
     return Job(script, free_port, ranks)
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_by_itself_joins_the_run(wrapper: Wrapper, free_port: int) -> None:
     require_module("torch")
     script = torchrun(wrapper, free_port, str(DDP), "--project", "digits", "--steps", "200")
@@ -118,6 +119,7 @@ def test_a_killed_rank_ends_the_job(job: Job) -> None:
     job.expect_nothing_left(processes)
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_killed_wrapper_keep_the_lock_until_they_are_stopped(
     job: Job, wrapper: Wrapper
 ) -> None:

@@ -224,6 +224,7 @@ def test_a_rank_is_stopped_with_all_ranks_of_its_job_and_no_other_job(tmp_path):
     assert {run["pid"] for run in status_of(tmp_path)} == set(pids[1])
 
 
+@pytest.mark.slow
 def test_another_run_that_was_started_in_the_run_is_sacred(tmp_path):
     (tmp_path / "inner.py").write_text(
         "import os, time\n"

@@ -416,6 +416,7 @@ def test_on_request_nothing_is_stopped_if_the_configuration_does_not_allow_it(tm
     assert is_running(started)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["server from before", "from inside"])
 def test_on_request_workers_of_a_forkserver_are_stopped_and_the_helpers_are_not(tmp_path, before):
     """They show the server's command line. Without its helpers multiprocessing is broken."""

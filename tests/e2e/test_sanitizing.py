@@ -378,6 +378,7 @@ def test_a_run_that_has_left_its_block_and_goes_on_is_no_ghost(tmp_path, runtime
     assert "results written" in first.output
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_slowly_on_a_busy_machine_is_not_stopped_by_one_that_started_with_it(
     tmp_path,
 ):
@@ -393,6 +394,7 @@ def said_how_it_went(run: Script) -> bool:
     return "report" in run.output or "locked" in run.output
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"stay": True}))
     for _ in range(3):

@@ -45,6 +45,7 @@ train()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "signum"),
     [

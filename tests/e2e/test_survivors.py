@@ -599,6 +599,7 @@ def test_a_worker_that_is_killed_is_the_program_s_own_business(tmp_path):
     assert run.output.splitlines() == ["worker -9", "left False False"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_real_data_loader_workers_does_not_block_the_next(tmp_path):
     pytest.importorskip("torch", reason="needs torch")
     source = """

@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from support import Script, require_module, run_command
 
 DDP = Path(__file__).parents[2] / "examples" / "ddp.py"
@@ -16,6 +18,7 @@ def start(tmp_path: Path, *arguments: str) -> Script:
     return run_command(tmp_path, [*command, str(DDP), *arguments], env={"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_all_after_a_checkpoint_where_the_next_start_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -90,6 +90,7 @@ def steps(line: str) -> int:
     return int(match[1])
 
 
+@pytest.mark.slow
 def test_the_training_reaches_its_accuracy_and_reports(digits: Digits) -> None:
     script = digits.start()
 
@@ -101,6 +102,7 @@ def test_the_training_reaches_its_accuracy_and_reports(digits: Digits) -> None:
     assert [path.name for path in digits.checkpoint.parent.iterdir()] == ["checkpoint.pt"]
 
 
+@pytest.mark.slow
 def test_a_second_start_is_told_who_holds_the_project_while_another_project_trains_beside_it(
     digits: Digits,
 ) -> None:
@@ -124,6 +126,7 @@ def warnings(run: Script) -> list[str]:
     return [line for line in run.error_output.splitlines() if not line.startswith("spared process")]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_or_asked_to_stop_is_resumed_by_the_next_start(
     digits: Digits,
 ) -> None:
@@ -160,6 +163,7 @@ def test_a_training_that_is_killed_or_asked_to_stop_is_resumed_by_the_next_start
     assert warnings(second) == ["stop requested: SIGINT"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_ends_as_an_uninterrupted_one_does(digits: Digits) -> None:
     """All of them in one process: torch takes longer to load than they take to train."""
     script = run_python(

@@ -95,6 +95,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_the_trainer_does_at_an_end_and_what_the_environment_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
@@ -129,6 +130,7 @@ def _seen(script: ForkedScript, directory: Path) -> tuple[str, int | None, bool]
     return what[1] if what else "nothing", script.returncode, saved
 
 
+@pytest.mark.slow
 def test_the_next_start_goes_on_where_the_callback_has_stopped_the_last_one(
     tmp_path: Path,
 ) -> None:

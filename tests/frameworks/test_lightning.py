@@ -92,6 +92,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_lightning_does_at_an_end_and_what_the_environment_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str

@@ -89,6 +89,7 @@ def lock(runtime_directory: Path) -> Path:
     return runtime_directory / "locks" / "submitit.lock"
 
 
+@pytest.mark.slow
 def test_submitits_signal_saves_requeues_and_goes_on_and_a_sigterm_saves_and_ends(
     tmp_path: Path, runtime_directory: Path
 ) -> None:

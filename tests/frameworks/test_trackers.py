@@ -43,6 +43,7 @@ TRACKED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_however_the_program_ends_all_records_and_its_exit_are_in_the_file(
     tmp_path, runtime_directory, ending

@@ -72,6 +72,7 @@ def launcher(request: pytest.FixtureRequest, require_tool: Callable[[str], str])
     return [require_tool("mpirun"), *MPIRUN, sys.executable]
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_launcher_start_and_end_together(
     tmp_path: Path, launcher: list[str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_the_ranks_of_a_launcher_start_and_end_together(
     assert "WARNING" not in job.output
 
 
+@pytest.mark.slow
 def test_a_job_of_a_launcher_that_is_refused_ends_within_seconds(
     tmp_path: Path, launcher: list[str]
 ) -> None:
@@ -126,6 +128,7 @@ with managed_environment(cfg, manager=manager):
 )
 
 
+@pytest.mark.slow
 def test_an_elastic_restart_takes_over_its_own_lock_and_stops_what_was_left(tmp_path: Path) -> None:
     require_module("torch")
     job = start(tmp_path, [*TORCHRUN, "--max-restarts=2"], ELASTIC)
@@ -198,6 +201,7 @@ tell("ends")
 )
 
 
+@pytest.mark.slow
 def test_lightning_trains_with_ranks_that_it_starts_within_the_run_of_rank_0(
     tmp_path: Path,
 ) -> None:

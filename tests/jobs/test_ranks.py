@@ -125,6 +125,7 @@ def test_ranks_that_come_before_rank_0_go_on_once_it_has_the_lock(ranks: Ranks) 
     end(*early, leader)
 
 
+@pytest.mark.slow
 def test_all_ranks_are_refused_with_rank_0_and_its_error_also_one_that_comes_late(
     ranks: Ranks,
 ) -> None:
@@ -288,6 +289,7 @@ except InfrastructureError as error:
 )
 
 
+@pytest.mark.slow
 def test_a_rank_that_comes_when_rank_0_has_failed_ends_and_says_so(ranks: Ranks) -> None:
     """It would wait for rank 0 in `init_process_group`."""
     leader, late = (ranks.start(rank, FAILS_INSIDE) for rank in (0, 1))
@@ -376,6 +378,7 @@ if RANK == 0:
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["refused", "killed"])
 def test_an_earlier_start_of_the_job_says_nothing_of_this_one(ranks: Ranks, before: str) -> None:
     """An elastic restart, or the same two commands once more in the same shell."""
@@ -824,6 +827,7 @@ except EnvironmentLockedError as error:
 )
 
 
+@pytest.mark.slow
 def test_what_an_earlier_start_of_the_job_left_is_stopped_and_its_lock_taken_at_once(
     ranks: Ranks,
 ) -> None:
@@ -858,6 +862,7 @@ def test_what_another_job_left_is_not_stopped_but_named(ranks: Ranks) -> None:
     assert is_running(left)
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_not_come_yet_is_not_reported_as_a_relative_of_rank_0(
     ranks: Ranks,
 ) -> None:

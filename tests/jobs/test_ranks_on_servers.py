@@ -139,6 +139,7 @@ def test_a_rank_enters_when_rank_0_on_another_host_has_the_lock_and_has_its_fenc
     end(again)
 
 
+@pytest.mark.slow
 def test_a_rank_is_refused_when_a_stranger_has_the_lock_as_its_rank_0_is(job: Job) -> None:
     stranger = job.run("alpha")
     stranger.wait_for("in entered True")
@@ -151,6 +152,7 @@ def test_a_rank_is_refused_when_a_stranger_has_the_lock_as_its_rank_0_is(job: Jo
     end(stranger)
 
 
+@pytest.mark.slow
 def test_a_rank_does_not_enter_by_the_lock_of_another_job(job: Job) -> None:
     other = job.rank(0, job=10**6 + job.number)
     other.wait_for("in entered True")
@@ -161,6 +163,7 @@ def test_a_rank_does_not_enter_by_the_lock_of_another_job(job: Job) -> None:
     end(other)
 
 
+@pytest.mark.slow
 def test_what_a_rank_0_that_was_killed_has_left_lets_nobody_in(job: Job) -> None:
     killed = job.rank(0)
     killed.wait_for("in entered True")

@@ -179,6 +179,7 @@ def test_of_what_was_taken_nothing_is_kept_when_a_later_one_fails(key, servers):
     assert is_free(servers[0], key)
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_leaves_nothing_taken(key, servers):
     """No mask holds off a signal that another thread receives: its handler runs here."""
     both = AllOf(FileLock(), *servers)

@@ -294,6 +294,7 @@ JOINING = """
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_joins_the_run_has_that_of_the_run_once_it_is_drawn(tmp_path):
     with enter() as env:
         joined = run_python(tmp_path, JOINING)

@@ -170,6 +170,7 @@ def contend(
     return violated, int(counter.read_text() or 0)
 
 
+@pytest.mark.slow
 def test_no_two_of_8_processes_hold_the_lock_in_200_cycles_each(tmp_path):
     """The file is removed on every release, and a non-atomic counter is exact all the same.
 

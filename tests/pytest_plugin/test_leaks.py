@@ -88,6 +88,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_what_a_test_leaves_is_reported_with_its_name_and_cleared_away(pytester, run):
     pytester.makepyfile(test_guilty=GUILTY)
     result = run("--infra-leaks=error")
@@ -293,6 +294,7 @@ JOBLIB = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), XDIST], ids=["alone", "under xdist"])
 def test_nobody_is_blamed_for_what_belongs_to_somebody_else(
     pytester, run, options, tmp_path, monkeypatch

@@ -79,6 +79,7 @@ def holder(start, tmp_path):
     return script
 
 
+@pytest.mark.slow
 def test_one_test_at_a_time_has_a_lock(start, monkeypatch, tmp_path):
     """In four workers of two sessions. Two locks are taken in whatever order a test names them."""
     monkeypatch.setenv("SHARED", str(tmp_path))
@@ -88,6 +89,7 @@ def test_one_test_at_a_time_has_a_lock(start, monkeypatch, tmp_path):
         assert "8 passed" in session.output
 
 
+@pytest.mark.slow
 def test_who_waits_says_for_whom_and_goes_on_when_that_one_is_killed(start, holder, tmp_path):
     """Its children do not keep the lock. What was waited does not count for pytest-timeout."""
     pid = (tmp_path / "holder" / "holds").read_text()
@@ -168,6 +170,7 @@ SESSION = """
 """
 
 
+@pytest.mark.slow
 def test_a_session_holds_its_lock_and_its_tests_exclude_each_other(start, tmp_path):
     """The controller has it, so that its workers do not wait for it."""
     first = start("first", SESSION, "--infra-lock=gpu0", *XDIST)

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("site")  # which is built once
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]  # which is built once
 
 ROOT = Path(__file__).parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

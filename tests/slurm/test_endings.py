@@ -72,6 +72,7 @@ def test_a_job_that_is_requeued_goes_on_from_its_checkpoint(submit, training):
     assert_goes_on(job, training)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.sbatch", "ranks.sbatch"])
 def test_a_job_that_is_preempted_goes_on_from_its_checkpoint(
     submit, slurm, tmp_path, training, script
@@ -122,6 +123,7 @@ def test_a_job_that_was_killed_goes_on_at_once_from_its_last_checkpoint(submit, 
     assert re.findall(r"training from step (\d+)", job.output)[1] != "0"
 
 
+@pytest.mark.slow
 def test_the_slices_of_an_array_go_on_where_the_last_one_stopped(submit, training):
     array = submit("array.sbatch", "--array=1-2%1")
     first, second = array.element(1), array.element(2)
