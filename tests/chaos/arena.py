@@ -349,6 +349,7 @@ class Round:
     def _delete(self, project: str) -> None:
         try:
             self.lock_path(project).unlink()
+            self.ledger.deleted.add(project)
             self.deleted += 1
         except FileNotFoundError:
             pass
@@ -455,7 +456,10 @@ class Round:
         self.contenders += map(self._enlist, plans)
 
     def _enlist(self, plan: Plan) -> Contender:
-        return Contender(plan, self.ledger.programs.setdefault(plan.name, Program(plan.name)))
+        return Contender(
+            plan,
+            self.ledger.programs.setdefault(plan.name, Program(plan.name, self.ledger.deleted)),
+        )
 
     def _check_after_sweep(self, lingering: list[Contender]) -> None:
         living = {contender.name for contender in lingering}

@@ -59,6 +59,7 @@ class Program:
     """One contender, as its journal has it."""
 
     name: str
+    deleted: set[str] = attrs.field(factory=set)  # projects whose lock file the arena has deleted
     who: Identity | None = None
     runs: dict[str, Run] = attrs.field(factory=dict)
     children: dict[Identity, Child] = attrs.field(factory=dict)
@@ -126,6 +127,8 @@ class Program:
         holding = {run.holding for run in child.locked}
         if child.run is None or "unsure" in holding:
             return "either"
+        if any(run.project in self.deleted for run in child.locked):
+            return "either"  # the lock that it has is no obstacle any more
         if "yes" not in holding:
             return "lives"
         return "gone" if len(child.locked) == 1 else "either"
@@ -142,11 +145,12 @@ class Ledger:
     """All programs of a round, by name."""
 
     programs: dict[str, Program] = attrs.field(factory=dict)
+    deleted: set[str] = attrs.field(factory=set)
 
     def enter(self, line: dict[str, Any]) -> None:
         """Take down one line of the journal."""
         event = line["event"]
-        program = self.programs.setdefault(line["who"], Program(line["who"]))
+        program = self.programs.setdefault(line["who"], Program(line["who"], self.deleted))
         run = program.runs.get(line.get("run_id", ""))
         if event == "start":
             program.who = Identity(line["pid"], line["started"])
