@@ -17,6 +17,7 @@ from orchard_infra.environment import Environment, Strategy
 from orchard_infra.errors import ConfigurationError
 from orchard_infra.launch import this_launch
 from orchard_infra.locks.base import Lock
+from orchard_infra.locks.checks import is_number
 from orchard_infra.locks.file import FileLock
 from orchard_infra.sanitizing.ghosts import GhostSanitizer
 from orchard_infra.session import Session, open_sessions
@@ -121,9 +122,7 @@ class InfrastructureManager:
             )
         if isinstance(timeout, LockersTimeout):
             timeout = getattr(self.locker, "timeout", 0.0)
-        elif timeout is not None and not (
-            isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout >= 0
-        ):
+        elif timeout is not None and not (is_number(timeout) and timeout >= 0):
             raise ConfigurationError(
                 f"timeout must be a number of seconds >= 0, or None for ever; not {timeout!r}"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import attrs
@@ -18,7 +17,7 @@ def check_timeout(instance: object, attribute: attrs.Attribute[Any], value: Any)
 
 
 def check_seconds(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not (is_number(value) and 0 < value < math.inf):
+    if not (is_number(value) and value > 0):
         raise ValueError(f"{attribute.name} must be a number of seconds > 0, not {value!r}")
 
 

@@ -54,6 +54,9 @@ def _check_table(instance: object, attribute: attrs.Attribute[Any], value: objec
         )
 
 
+_SECONDS = [check_seconds, attrs.validators.le(3600.0)]
+
+
 @attrs.frozen
 class PostgresLock:
     """A lock on a PostgreSQL server that several hosts use.
@@ -78,10 +81,10 @@ class PostgresLock:
     timeout: float | None = attrs.field(default=0.0, validator=check_timeout)
     lock_key: str | None = attrs.field(default=None, validator=check_lock_key)
     table: str = attrs.field(default="orchard_infra_locks", validator=_check_table)
-    poll: float = attrs.field(default=0.5, validator=check_seconds, kw_only=True, repr=False)
-    interval: float = attrs.field(default=5.0, validator=check_seconds, kw_only=True, repr=False)
-    answer: float = attrs.field(default=5.0, validator=check_seconds, kw_only=True, repr=False)
-    grace: float = attrs.field(default=10.0, validator=check_seconds, kw_only=True, repr=False)
+    poll: float = attrs.field(default=0.5, validator=_SECONDS, kw_only=True, repr=False)
+    interval: float = attrs.field(default=5.0, validator=_SECONDS, kw_only=True, repr=False)
+    answer: float = attrs.field(default=5.0, validator=_SECONDS, kw_only=True, repr=False)
+    grace: float = attrs.field(default=10.0, validator=_SECONDS, kw_only=True, repr=False)
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> PostgresLease | Held:
         """See `Lock.try_acquire`."""

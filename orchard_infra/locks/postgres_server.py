@@ -12,7 +12,6 @@ import json
 import os
 import re
 import select
-import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from orchard_infra.errors import ConfigurationError, InfrastructureError
 from orchard_infra.locks.urls import Secret, redacted
 from orchard_infra.runs.record import RECORD_LIMIT
 from orchard_infra.system import files
+from orchard_infra.system.clock import now as now
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.text import printable
 
@@ -102,13 +102,6 @@ _END_HOLDER = f"""
 SELECT pg_terminate_backend(p.pid) FROM {{table}} l JOIN pg_locks p ON {_IS_HELD}
 WHERE l.key = $1::text AND l.fence = $2::bigint AND p.pid <> pg_backend_pid()
 """
-
-
-def now() -> float:
-    """Seconds on a clock that also counts the time for which the machine was suspended."""
-    if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
 
 
 @attrs.frozen

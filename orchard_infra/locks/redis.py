@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from orchard_infra.locks.checks import (
 )
 from orchard_infra.locks.urls import REDIS_SCHEMES, find_url, record_for_others, shown
 from orchard_infra.runs.record import RunRecord, from_json
+from orchard_infra.system.clock import now as _now
 from orchard_infra.system.masking import interruptible, uninterrupted
 from orchard_infra.system.text import printable
 
@@ -94,7 +95,7 @@ class RedisLock:
     renew: float = attrs.field(default=5.0, validator=_check_renew)
     lock_key: str | None = attrs.field(default=None, validator=check_lock_key)
     guard: bool = attrs.field(default=True, validator=attrs.validators.instance_of(bool))
-    poll: float = attrs.field(default=1.0, validator=check_seconds)
+    poll: float = attrs.field(default=1.0, validator=[check_seconds, attrs.validators.lt(math.inf)])
 
     def try_acquire(self, key: LockKey, record: RunRecord) -> RedisLease | Held:
         """See `Lock.try_acquire`."""
@@ -436,15 +437,6 @@ class RedisLease:
             f"in {left:.1f} s: {why}",
             lock_path=self.name,
         )
-
-
-def _now() -> float:
-    """Seconds that also go by while the machine is suspended."""
-    return time.clock_gettime(_CLOCK) if _CLOCK is not None else time.monotonic()
-
-
-# That of macOS which goes on during sleep has the name of the one that does not on Linux.
-_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
 
 def _may_pass(error: InfrastructureError) -> bool:

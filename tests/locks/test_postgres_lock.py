@@ -101,6 +101,7 @@ def test_it_compares_copies_pickles_and_does_not_show_its_url(url: str) -> None:
         {"table": "a.b.c"},
         {"grace": 0},
         {"poll": float("nan")},
+        {"answer": 3601},
     ],
 )
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, Any]) -> None:

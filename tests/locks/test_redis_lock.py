@@ -181,6 +181,7 @@ def test_a_pickled_lease_holds_nothing_and_tells_no_password(lock, key):
         ({"timeout": -1}, "timeout must be"),
         ({"lock_key": ""}, "lock_key must be"),
         ({"poll": 0}, "poll must be"),
+        ({"poll": float("inf")}, "poll"),
     ],
 )
 def test_values_that_cannot_be_right_are_refused(wrong, says):
