@@ -11,7 +11,11 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
+import pytest
 
 from forking import ForkedScript, ForkServer
 from support import Script
@@ -59,3 +63,30 @@ def end(script: Script, how: str) -> None:
     """End it by a signal. It leads a process group."""
     send, signum = _SIGNALS[how]
     send(script.pid, signum)
+
+
+def ended_on_each_side(
+    server: ForkServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    sides: Sequence[str],
+    ending: str,
+) -> tuple[dict[str, ForkedScript], dict[str, list[int]]]:
+    """One training, ended in one way: by the framework alone, in an environment ... All sides train
+    at the same time, each in a directory of its own. The scripts, and the pids of the two workers
+    that each of them had when it got the signal.
+    """
+    scripts = {}
+    for side in sides:
+        (tmp_path / side / "run").mkdir(parents=True, mode=0o700)
+        monkeypatch.setenv("ORCHARD_INFRA_DIR", str(tmp_path / side / "run"))
+        scripts[side] = server.run_python(tmp_path / side, source, side, ending)
+    workers = {}
+    for side, script in scripts.items():
+        if ending not in ("normal", "exception"):
+            script.wait_for("is in training")
+            workers[side] = [child.pid for child in psutil.Process(script.pid).children()]
+            assert len(workers[side]) == 2
+            end(script, ending)
+    return scripts, workers

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from forking import ForkedScript, ForkServer
 from support import run_command, wait_gone
-from trainings import EXAMPLES, end, example, pid_of, stopped_after
+from trainings import EXAMPLES, end, ended_on_each_side, example, pid_of, stopped_after
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -100,18 +99,7 @@ ENDINGS = {
 def test_what_the_trainer_does_at_an_end_and_what_the_environment_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    scripts = {}
-    for side in SIDES:
-        (tmp_path / side / "run").mkdir(parents=True, mode=0o700)
-        monkeypatch.setenv("ORCHARD_INFRA_DIR", str(tmp_path / side / "run"))
-        scripts[side] = server.run_python(tmp_path / side, TRAIN, side, ending)
-    workers = {}
-    for side, script in scripts.items():
-        if ending not in ("normal", "exception"):
-            script.wait_for("is in training")
-            workers[side] = [child.pid for child in psutil.Process(script.pid).children()]
-            assert len(workers[side]) == 2
-            end(script, ending)
+    scripts, workers = ended_on_each_side(server, tmp_path, monkeypatch, TRAIN, SIDES, ending)
     for (side, script), expected in zip(scripts.items(), ENDINGS[ending], strict=True):
         script.finish()
         what, *rest = _seen(script, tmp_path / side)

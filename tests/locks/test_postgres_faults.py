@@ -8,13 +8,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hosts import Host, Network
 from orchard_infra import (
+    Environment,
     Held,
     InfrastructureError,
     InfrastructureManager,
@@ -454,18 +455,23 @@ def test_a_server_that_is_stopped_holds_up_nobody_for_long(
     wait_until(lambda: not is_held(lock))
 
 
+def is_held_once(mended: Callable[[], object], env: Environment) -> None:
+    """`ensure_held` waits until that is done, and then finds the lock held."""
+    asked = threading.Thread(target=env.ensure_held)
+    asked.start()
+    asked.join(0.5)
+    assert asked.is_alive()
+    mended()
+    asked.join(60)
+    assert not asked.is_alive()
+    assert not env.lock_lost
+
+
 def test_a_short_pause_of_the_server_costs_nothing(own_server: PostgresServer) -> None:
     lock = PostgresLock(own_server.create_database(), interval=0.1, answer=60)
     with managed_environment("digits", manager=InfrastructureManager(locker=lock)) as env:
         own_server.pause()
-        asked = threading.Thread(target=env.ensure_held)
-        asked.start()
-        asked.join(0.5)
-        assert asked.is_alive()
-        own_server.resume()
-        asked.join(60)
-        assert not asked.is_alive()
-        assert not env.lock_lost
+        is_held_once(own_server.resume, env)
 
 
 def test_a_pause_within_the_grace_does_not_hand_the_lock_to_a_waiter(
@@ -517,14 +523,7 @@ def test_a_checkpoint_waits_while_the_lock_is_suspect(own_server: PostgresServer
     lock = lock_at(own_server.create_database(), grace=60)
     with managed_environment("digits", manager=InfrastructureManager(locker=lock)) as env:
         own_server.stop()
-        asked = threading.Thread(target=env.ensure_held)
-        asked.start()
-        asked.join(0.5)
-        assert asked.is_alive()
-        own_server.start()
-        asked.join(60)
-        assert not asked.is_alive()
-        assert not env.lock_lost
+        is_held_once(own_server.start, env)
 
 
 # Two servers.
