@@ -56,8 +56,7 @@ def main() -> int:
         with managed_environment(config, manager=manager, timeout=options.wait) as env:
             training = Training(output, options.epochs, options.workers)
             training.run(env)
-    except EnvironmentLockedError as error:
-        print(error, file=sys.stderr)
+    except EnvironmentLockedError:  # the log has said who holds it, and what can be done
         return os.EX_TEMPFAIL
 
     print(f"checkpoint  {training.checkpoint}")

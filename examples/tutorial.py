@@ -49,8 +49,7 @@ def main() -> int:
             env.ensure_held()  # nobody else writes the checkpoint
             save(step, env.tmp_dir)
             print(f"saved step {step}")
-    except EnvironmentLockedError as error:
-        print(error, file=sys.stderr)
+    except EnvironmentLockedError:  # the log has said who holds it, and what can be done
         return os.EX_TEMPFAIL
     return 0
 

@@ -16,8 +16,7 @@ def main() -> int:
             scratch.write_bytes(bytes(1_000_000))
             print(f"run {env.run.run_id} of {env.run.project} holds {env.lock_path}")
             print(f"scratch file of {scratch.stat().st_size:,} bytes")
-    except EnvironmentLockedError as error:
-        print(error, file=sys.stderr)
+    except EnvironmentLockedError:  # the log has said who holds it, and what can be done
         return os.EX_TEMPFAIL
     print("lock left behind:", env.lock_path.exists())
     print("scratch file left behind:", scratch.exists())

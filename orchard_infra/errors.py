@@ -40,7 +40,8 @@ class EnvironmentLockedError(InfrastructureError):
 
     ``holder`` is the record of the run that holds it, or None when the lock contains no readable
     record. ``survivors`` are the live processes of a holder whose program is dead: the lock is
-    free once they end.
+    free once they end. ``reason`` says why it cannot be taken where nobody is known to hold it: its
+    server does not answer, or has just started.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class EnvironmentLockedError(InfrastructureError):
         holder: RunRecord | None = None,
         survivors: Iterable[Survivor] = (),
         lock_path: str | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.holder = holder
         self.survivors = tuple(survivors)
         self.lock_path = lock_path
+        self.reason = reason
 
 
 class LockLostError(InfrastructureError):

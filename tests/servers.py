@@ -458,7 +458,8 @@ class PostgresServer(_Server):
 
 
 class RedisServer(_Server):
-    """Redis, with an append-only file that is written before a command is answered.
+    """Redis, with an append-only file that is written before a command is answered. A killed server
+    needs no fsync, only a machine does that loses its power.
 
     ``settings`` are lines of redis.conf, which count more than ours.
     """
@@ -540,7 +541,7 @@ class RedisServer(_Server):
             f"dir {self.directory}",
             'save ""',
             "appendonly yes",
-            "appendfsync always",
+            "appendfsync no",
             "protected-mode no",
             "repl-diskless-sync-delay 0",
             "maxmemory-policy noeviction",

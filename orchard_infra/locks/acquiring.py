@@ -398,7 +398,11 @@ class _Attempt:
 
     def _refused(self, message: str, holder: RunRecord | None) -> EnvironmentLockedError:
         return EnvironmentLockedError(
-            message, holder=holder, survivors=self._survivors, lock_path=str(self.key.path)
+            message,
+            holder=holder,
+            survivors=self._survivors,
+            lock_path=str(self.key.path),
+            reason=self._reason,
         )
 
     def _log_refusal(self, error: InfrastructureError) -> None:

@@ -31,9 +31,10 @@ Outcome = Literal["locked", "failed", "left"]
 class Notice:
     """What became of rank 0, whose record this has.
 
-    ``outcome`` is "locked" if another run had the lock; ``holder``, ``survivors`` and ``lock_path``
-    are those of its error then. It is "failed" if it did not get the lock for any other reason, or
-    had it and ended with an error, and "left" if it ended well. ``at`` is in epoch seconds.
+    ``outcome`` is "locked" if another run had the lock; ``holder``, ``survivors``, ``lock_path``
+    and ``reason`` are those of its error then. It is "failed" if it did not get the lock for any
+    other reason, or had it and ended with an error, and "left" if it ended well. ``at`` is in epoch
+    seconds.
     """
 
     record: RunRecord
@@ -42,14 +43,22 @@ class Notice:
     lock_path: str | None = None
     holder: RunRecord | None = None
     survivors: tuple[Survivor, ...] = ()
+    reason: str | None = None
     at: float = attrs.field(factory=time.time)
 
     @classmethod
     def of(cls, error: BaseException, record: RunRecord) -> Notice:
         """Rank 0, with this record, did not get the lock."""
         if isinstance(error, EnvironmentLockedError):
-            survivors = tuple(error.survivors)
-            return cls(record, "locked", str(error), error.lock_path, error.holder, survivors)
+            return cls(
+                record,
+                "locked",
+                str(error),
+                lock_path=error.lock_path,
+                holder=error.holder,
+                survivors=tuple(error.survivors),
+                reason=error.reason,
+            )
         told = str(error) or type(error).__name__
         if isinstance(error, GeneratorExit):  # a signal has ended the wait, and so the generator
             told = "interrupted while it waited"
@@ -75,6 +84,7 @@ class Notice:
             holder=self.holder,
             survivors=self.survivors,
             lock_path=self.lock_path,
+            reason=self.reason,
         )
 
 
@@ -171,6 +181,7 @@ def _from_json(data: bytes) -> Notice:
         lock_path=None if found["lock_path"] is None else str(found["lock_path"]),
         holder=record("holder"),
         survivors=tuple(Survivor(**survivor) for survivor in found["survivors"]),
+        reason=None if found["reason"] is None else str(found["reason"])[:RECORD_LIMIT],
         at=float(found["at"]),
     )
 

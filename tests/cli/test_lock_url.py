@@ -109,6 +109,18 @@ def test_a_command_on_this_host_that_knows_of_no_server_is_refused_too(
     assert wrapper.run("true").returncode == 0
 
 
+def test_a_server_that_has_just_started_is_named_as_the_reason(
+    redis_url: str, wrapper: Wrapper
+) -> None:
+    url = redis_url.replace("ttl=6", "ttl=86400").replace("guard=no", "guard=yes")
+    script = wrapper.run("--lock-url", url, "--", "touch", "started")
+    assert script.returncode == 75, script.transcript()
+    assert "cannot be taken now: its server has just started" in script.error_output
+    assert "Wait for it with --wait" in script.error_output
+    assert "nobody knows" not in script.error_output
+    assert not (wrapper.tmp_path / "started").exists()
+
+
 def test_the_variable_is_the_default_and_an_empty_argument_switches_it_off(
     url: str, wrapper: Wrapper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

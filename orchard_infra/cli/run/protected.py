@@ -231,6 +231,8 @@ class ProtectedCommand:
                 f"Stop them with --allow-process-kill, or: kill {pids}"
             )
         since = f" after waiting {duration(waited)}" if waited >= 1 else ""
+        if error.reason is not None:
+            return f"{lock}: it cannot be taken now{since}: {error.reason}. Wait for it with --wait"
         if error.holder is None:
             return f"{lock}{since}, nobody knows by whom; look with: fuser -v {error.lock_path}"
         there = "" if error.holder.is_local else f" on {printable(error.holder.host)}"
