@@ -82,7 +82,7 @@ class Session:
     cfg: object = None
     by_hand: bool = False
     error_at_prepare: BaseException | None = None  # in flight then, so not the run's own
-    command_ending: tuple[int, int | None] | None = None  # exit status, and signal if one ended it
+    command_ending: tuple[int, int | None] | None = None  # exit status, and signal if that ended it
     is_opened: bool = attrs.field(default=False, init=False)  # by `managed_environment.open`
     pid: int = attrs.field(factory=os.getpid, init=False)
     thread: int = attrs.field(factory=threading.get_ident, init=False)
@@ -206,7 +206,7 @@ class Session:
         env = self.env
 
         def keep(lease: Lease) -> None:
-            self._exits.callback("lock", functools.partial(give_back, lease))
+            self._exits.callback("lock", functools.partial(self._give_back, lease))
             env._lease = lease
             for part in parts_of(lease):
                 keeper = Keeper(part, env.lose, self.logger)
@@ -223,6 +223,7 @@ class Session:
                 clear_dead=env.clear_dead,
                 logger=self.logger,
                 keep=keep,
+                will_return=job.will_return,
             )
         except BaseException as error:
             job.refuse(error)
@@ -233,6 +234,10 @@ class Session:
             env.run = attrs.evolve(env.run, fence=lease.fence)
         self._exits.callback("ranks of this job", functools.partial(self._leave_last, job))
         env.report.waited_seconds = time.perf_counter() - began
+
+    def _give_back(self, lease: Lease) -> None:
+        self.env._released = True  # before: who asks meanwhile must not take it for a loss
+        give_back(lease)
 
     def _leave_last(self, job: Job) -> None:
         if job.may_have_ranks():
@@ -398,6 +403,7 @@ class Session:
                 argv=self.command,
                 job=self.launch.job,
                 restart=self.launch.restart,
+                restarts_left=self.launch.restarts_left,
                 turn=self._count_turn(),
             ),
             lock_path=self.settings.lock_path,

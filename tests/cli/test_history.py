@@ -15,7 +15,8 @@ import pytest
 
 from commands import assert_documented, killed, orchard_infra, train, without_colours
 from orchard_infra.runs.history import NAME
-from support import wait_gone
+from support import wait_gone, wait_until
+from wrapping import is_pending
 
 HOSTILE = """evil\x1b[2J\u202e[red]</td></svg><script>alert('x')</script>"'&\r\nnext"""
 
@@ -117,6 +118,31 @@ def test_the_end_of_a_wrapped_command_is_told(tmp_path, wrapper, script, expecte
     (run,) = history_of(tmp_path)["runs"]
     assert {name: run[name] for name in expected} == expected
     assert run["argv"] == ["sh", "-c", script]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("exit 143", {"how": "signal", "exit_status": None, "signal": "SIGTERM"}),
+        ("exit 0", {"how": "signal", "exit_status": None, "signal": "SIGTERM"}),
+        ("exit 3", {"how": "exit", "exit_status": 3, "signal": None}),
+        ("", {"how": "normal", "exit_status": None, "signal": None}),
+    ],
+    ids=["its status", "saved and ended well", "failed meanwhile", "ignored"],
+)
+def test_a_wrapped_command_that_handles_a_stop_itself_was_stopped_by_that_signal(
+    tmp_path, wrapper, answer, expected
+):
+    script = f"trap '{answer}' TERM; trap 'exit 0' USR1; echo ready; while :; do sleep 0.02; done"
+    run = wrapper.start("sh", "-c", script)
+    run.wait_for("ready")
+    run.send_signal(signal.SIGTERM)
+    if not answer:
+        wait_until(lambda: not is_pending(run.pid, signal.SIGTERM))
+        run.send_signal(signal.SIGUSR1)  # is taken after that
+    run.finish()
+    (found,) = history_of(tmp_path)["runs"]
+    assert {name: found[name] for name in expected} == expected
 
 
 def test_a_command_that_is_not_there_has_exit_status_127(tmp_path, wrapper):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -13,7 +12,16 @@ import psutil
 import pytest
 
 from support import Script, is_running, run_command, run_python, wait_gone, wait_until
-from wrapping import COMMAND, LISTENER, Wrapper, child_of, is_stopped, send, wait_for_witness
+from wrapping import (
+    COMMAND,
+    LISTENER,
+    Wrapper,
+    child_of,
+    is_pending,
+    is_stopped,
+    send,
+    wait_for_witness,
+)
 
 FORWARDED = ["INT", "TERM", "HUP", "QUIT", "USR1", "WINCH", "ALRM"]
 
@@ -129,12 +137,6 @@ def test_a_stop_right_after_a_continue_is_not_undone(wrapper: Wrapper) -> None:
     os.killpg(script.pid, signal.SIGCONT)
     send(script, signal.SIGUSR2)
     assert script.finish() == 7
-
-
-def is_pending(pid: int, signum: signal.Signals) -> bool:
-    status = Path(f"/proc/{pid}/status").read_text()
-    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)", status, re.MULTILINE)
-    return bool(int(mask, 16) >> (signum - 1) & 1)
 
 
 def test_a_command_that_is_stopped_for_a_while_does_not_stop_the_wrapper(wrapper: Wrapper) -> None:

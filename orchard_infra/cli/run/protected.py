@@ -171,7 +171,7 @@ class ProtectedCommand:
             # what outlives the command is waited for.
             session.env.on_stop(lambda request: os.kill(os.getpid(), signal.SIGTERM))
         ending = supervisor.wait()
-        session.command_ending = ending.status, ending.signal
+        session.command_ending = ending.status, ending.signal or ending.stopped_by
         self.report["command_seconds"] = round(time.monotonic() - began, 3)
         message = None
         if ending.oom is not None:

@@ -58,11 +58,14 @@ _HIGH = 100  # the first descriptor that no script uses by number
 class Ending:
     """How a command ended: its exit status as a shell has it, 128 + n for a signal.
 
-    ``oom`` says where the kernel's out-of-memory killer struck meanwhile, if it did.
+    ``stopped_by`` is the signal that asked the command to stop, where that is how it ended: by a
+    handler of its own. ``oom`` says where the kernel's out-of-memory killer struck meanwhile, if it
+    did.
     """
 
     status: int
     signal: int | None
+    stopped_by: int | None
     oom: str | None
 
 
@@ -88,6 +91,7 @@ class Supervisor:
     _hint_at: float = math.inf
     _stop_at: float = -math.inf  # when the last signal that asked to stop came
     _seen_by_group: set[int] = attrs.field(factory=set)
+    _stop_signals: list[int] = attrs.field(factory=list)  # that the command does not ignore
     _status: int | None = None
 
     def begin(self) -> None:
@@ -156,8 +160,15 @@ class Supervisor:
         return Ending(
             status=128 - code if code < 0 else code,
             signal=-code if code < 0 else None,
+            stopped_by=self._stopped_by(code),
             oom=self._oom.struck() if code != 0 else None,
         )
+
+    def _stopped_by(self, code: int) -> int | None:
+        """The signal after which a command ended well, or with the exit status of that signal."""
+        if code - 128 in self._stop_signals:
+            return code - 128
+        return self._stop_signals[0] if code == 0 and self._stop_signals else None
 
     # After the command.
 
@@ -302,6 +313,8 @@ class Supervisor:
             self._seen_by_group.clear()  # a new request, and for us alone
         self.asked_to_stop = True
         self._stop_at = now
+        if signum not in _ignored_by(self.pid):  # under nohup(1) it ends well hours later
+            self._stop_signals.append(signum)
 
     def _renew_witness(self) -> None:
         """Replace the witness: what it has seen would be taken for the next signal of that kind."""
