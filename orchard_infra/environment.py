@@ -88,6 +88,8 @@ class Environment:
     _closer: Callable[[], None] | None = attrs.field(default=None, repr=False)
     _find_fence: Callable[[], int | None] | None = attrs.field(default=None, repr=False)
     _lock_name: str | None = attrs.field(default=None, repr=False)
+    _pid: int = attrs.field(factory=os.getpid, init=False, repr=False)
+    _released: bool = attrs.field(default=False, init=False, repr=False)  # the lock, or just about
     _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
     _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
     _on_record: Sequence[str] = attrs.field(default=(), init=False, repr=False)  # names of files
@@ -196,16 +198,32 @@ class Environment:
         Raises:
             LockLostError: It is not. `lock_lost` is set and a stop is requested, too.
             LockSuspectError: The server of the lock does not answer; see `ensure_held`.
+            InfrastructureError: It was released, or this is a forked child of the process that has
+                it. Nothing is lost by that, and nothing is asked to stop.
         """
         if self._lease is None:
             return
+        if self._lost is not None:
+            raise self._lost
+        self._refuse_to_verify()
         try:
-            if self._lost is not None:
-                raise self._lost
             self._lease.verify()
         except LockLostError as error:
+            self._refuse_to_verify()  # released by another thread meanwhile: that is no loss
             self.lose(error)
             raise
+
+    def _refuse_to_verify(self) -> None:
+        """For every kind of lock alike. A lease has one error for all that it does not hold."""
+        if os.getpid() != self._pid:
+            raise InfrastructureError(
+                f"the lock {self.lock_name} is held by pid {self._pid}, from which this process "
+                "was forked: only that one can verify it"
+            )
+        if self._released:
+            raise InfrastructureError(
+                f"the lock {self.lock_name} was released: this environment has ended"
+            )
 
     def ensure_held(self) -> None:
         """Return when the lock is known to be ours: called before a checkpoint is put in place.
@@ -216,6 +234,7 @@ class Environment:
 
         Raises:
             LockLostError: Another run may have it. `lock_lost` is set and a stop is requested, too.
+            InfrastructureError: It was released, or is held by the parent, see `verify`.
         """
         while True:
             try:
