@@ -53,6 +53,11 @@ for _name, _default in (
         signal.signal(getattr(signal, _name), _default)
 
 
+# The tests start thousands of Pythons. Each would compile the package anew, in 0.1 s.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No rank, scheduler or run in the environment; afterwards, no process of the test."""
