@@ -278,6 +278,17 @@ def test_who_finds_the_file_full_too_late_moves_nothing(tmp_path):
     assert (older.read_text(), path.read_text()) == ("full", "new")
 
 
+def test_a_full_file_that_cannot_be_moved_keeps_its_newer_half(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "LIMIT", 20_000)
+    (tmp_path / history.OLDER_NAME).mkdir()  # a file cannot take its place
+    for turn in range(100):
+        note(tmp_path, record(run_id=f"turn{turn}"))
+    assert (tmp_path / history.NAME).stat().st_size <= history.LIMIT
+    turns = [json.loads(line)["run_id"] for line in list(history.read(str(tmp_path)))[1:]]
+    assert len(turns) > 10
+    assert turns == [f"turn{turn}" for turn in range(100)][-len(turns) :]
+
+
 def test_a_line_is_short_whatever_the_run_is_called(tmp_path):
     long = record(
         argv=clip("\U0001f4a5" * 300 for _ in range(13)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from rich.text import Text
 
 from orchard_infra.cli import output
 from orchard_infra.errors import InfrastructureError
-from orchard_infra.inspect import RegisteredRun
+from orchard_infra.inspect import RegisteredRun, RunState
 from orchard_infra.runs import history as file
 from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.runs.registry import RunRegistry
@@ -32,6 +33,7 @@ _STYLES = {
     "lost lock": "magenta",
     "killed": "magenta",
 }
+_LIVE = (RunState.RUNNING.value, RunState.WAITING.value)  # how a run is that has not ended
 _MOST_SECONDS = 1e11  # the year 5138: what is later is no time
 
 
@@ -65,7 +67,7 @@ Examples:
     "picture",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a timeline of the runs there, for a browser.",
+    help="Write a timeline there, for a browser: these runs, and those that are live now.",
 )
 def history(project: str | None, number: int | None, as_json: bool, picture: Path | None) -> None:
     """Show your runs on this machine that have ended, the last one at the bottom.
@@ -76,7 +78,10 @@ def history(project: str | None, number: int | None, as_json: bool, picture: Pat
     if as_json and picture is not None:
         raise click.UsageError("--json and --html exclude each other.")
     with output.errors_told():
-        ended = ended_runs(RunRegistry(), project)
+        registry = RunRegistry()
+        # First: a run that ends meanwhile is then among both, and not in neither.
+        live = live_runs(registry, project) if picture is not None else []
+        ended = ended_runs(registry, project)
     of_all = len(ended)
     if number is None and not as_json and picture is None:
         number = _SHOWN
@@ -84,7 +89,8 @@ def history(project: str | None, number: int | None, as_json: bool, picture: Pat
     if as_json:
         click.echo(json.dumps(to_json(ended), indent=2))
     elif picture is not None:
-        _draw(ended, picture)
+        own_lines = {run.record.run_id for run in ended}
+        _draw([*ended, *(run for run in live if run.record.run_id not in own_lines)], picture)
     else:
         console = output.console()
         for line in table(ended, output.width_of(console)):
@@ -95,12 +101,13 @@ def history(project: str | None, number: int | None, as_json: bool, picture: Pat
 
 
 @attrs.frozen
-class Ended:
-    """One run that has ended. Times are in epoch seconds, sizes in bytes.
+class Entry:
+    """One run. Times are in epoch seconds, sizes in bytes.
 
     ``how`` is one of `runs.history.HOW`. Of a run that was killed, ``alive_at`` is the last sign of
     life, and ``ended_at`` when it was found dead. ``running_at`` is None where it is not known when
-    the run got its lock.
+    the run got its lock. Of a run that is live ``how`` is "running" or "waiting", and ``ended_at``
+    is now; so is ``running_at`` where it still waits.
     """
 
     record: RunRecord
@@ -120,7 +127,7 @@ class Ended:
     left_running: int = 0
 
     @classmethod
-    def of(cls, record: RunRecord, fields: Mapping[str, object]) -> Ended:
+    def of(cls, record: RunRecord, fields: Mapping[str, object]) -> Entry:
         """A run with these fields, of whatever types they are.
 
         Raises:
@@ -159,6 +166,10 @@ class Ended:
         )
 
     @property
+    def is_live(self) -> bool:
+        return self.how in _LIVE
+
+    @property
     def last_seen_at(self) -> float:
         """When it ended, as well as that is known."""
         return self.ended_at if self.alive_at is None else self.alive_at
@@ -184,6 +195,8 @@ class Ended:
         """How long it ran, for a person."""
         if self.ran_seconds is None:
             return "unknown"
+        if self.how == RunState.WAITING.value:
+            return "-"
         return "~" * (self.alive_at is not None) + output.age(self.ran_seconds)
 
     @property
@@ -217,13 +230,13 @@ class Ended:
         return tuple(told)
 
 
-def ended_runs(registry: RunRegistry, project: str | None = None) -> list[Ended]:
+def ended_runs(registry: RunRegistry, project: str | None = None) -> list[Entry]:
     """The runs that have ended, in the order of their ends.
 
     Raises:
         InfrastructureError: The directory of records cannot be read.
     """
-    found: dict[str, Ended] = {}
+    found: dict[str, Entry] = {}
     for run in (*_written(os.fspath(registry.directory)), *_found_dead(registry)):
         # The first line is the run's own: it was killed between that and the end of its record.
         if project in (None, run.record.project):
@@ -231,16 +244,16 @@ def ended_runs(registry: RunRegistry, project: str | None = None) -> list[Ended]
     return sorted(found.values(), key=lambda run: run.last_seen_at)
 
 
-def _written(directory: str) -> Iterator[Ended]:
+def _written(directory: str) -> Iterator[Entry]:
     for line in file.read(directory):
         try:
             record, _ = from_json(line)
-            yield Ended.of(record, json.loads(line))
+            yield Entry.of(record, json.loads(line))
         except (ValueError, RecursionError):
             pass  # torn, or of somebody else
 
 
-def _found_dead(registry: RunRegistry) -> Iterator[Ended]:
+def _found_dead(registry: RunRegistry) -> Iterator[Entry]:
     """Runs that were killed, and whose record is still there."""
     for run in registry.runs():
         if run.is_over and not run.was_released:
@@ -249,15 +262,45 @@ def _found_dead(registry: RunRegistry) -> Iterator[Ended]:
                 yield ended
 
 
-def _look(directory: Path, run: RegisteredRun) -> Ended | None:
+def _look(directory: Path, run: RegisteredRun) -> Entry | None:
+    with _record_of(directory, run) as fd:
+        try:
+            return None if fd is None else Entry.of(run.record, file.killed(run.record, fd))
+        except (OSError, ValueError):
+            return None
+
+
+def live_runs(registry: RunRegistry, project: str | None = None) -> list[Entry]:
+    """The runs that are running or waiting, the oldest first.
+
+    Raises:
+        InfrastructureError: The directory of records cannot be read.
+    """
+    found = []
+    for run in registry.runs():
+        if not run.is_live or project not in (None, run.record.project):
+            continue
+        now = max(time.time(), run.record.started_at)  # a clock may have been set back
+        running_at: float | None = now
+        if run.state is RunState.RUNNING:
+            with _record_of(registry.directory, run) as fd:
+                running_at = None if fd is None else file.running_since(fd)
+            if running_at is not None:
+                running_at = min(max(running_at, run.record.started_at), now)
+        found.append(Entry(run.record, run.state.value, now, running_at))
+    return found
+
+
+@contextlib.contextmanager
+def _record_of(directory: Path, run: RegisteredRun) -> Iterator[int | None]:
+    """The file of a run's record, open to be read; None if it was removed meanwhile."""
     try:
         fd = files.open_existing(directory / run.file_name, os.O_RDONLY)
     except (OSError, InfrastructureError):
-        return None  # removed meanwhile
+        yield None
+        return
     try:
-        return Ended.of(run.record, file.killed(run.record, fd))
-    except (OSError, ValueError):
-        return None
+        yield fd
     finally:
         os.close(fd)
 
@@ -278,7 +321,7 @@ def _word(fields: Mapping[str, object], name: str) -> str | None:
     return value[:200] if isinstance(value, str) else None
 
 
-def to_json(ended: Iterable[Ended]) -> dict[str, Any]:
+def to_json(ended: Iterable[Entry]) -> dict[str, Any]:
     """What ``--json`` prints. Its schema is in docs/history.md; new fields may be added to it."""
     return {
         "version": 1,
@@ -288,7 +331,7 @@ def to_json(ended: Iterable[Ended]) -> dict[str, Any]:
     }
 
 
-def _run_to_json(run: Ended) -> dict[str, Any]:
+def _run_to_json(run: Entry) -> dict[str, Any]:
     record = run.record
     return {
         "run_id": record.run_id,
@@ -322,7 +365,7 @@ def _run_to_json(run: Ended) -> dict[str, Any]:
     }
 
 
-def table(ended: Sequence[Ended], width: int, now: float | None = None) -> Iterator[Text]:
+def table(ended: Sequence[Entry], width: int, now: float | None = None) -> Iterator[Text]:
     """The runs, one line each, of at most ``width`` columns; where there is no room for what was
     freed and stopped, it follows below.
     """
@@ -354,7 +397,7 @@ def table(ended: Sequence[Ended], width: int, now: float | None = None) -> Itera
             yield Text(indent + output.shorten(note, width - len(indent)), output.DETAIL)
 
 
-def _columns(ended: Sequence[Ended], now: float) -> tuple[list[str], list[list[str]]]:
+def _columns(ended: Sequence[Entry], now: float) -> tuple[list[str], list[list[str]]]:
     ranks = any(run.record.rank is not None for run in ended)
     hosts = len({run.record.host for run in ended}) > 1
     titles = ["ENDED", "PROJECT", "HOW", "WAITED", "RAN", "PID", *["RANK"] * ranks]
@@ -398,12 +441,12 @@ def _line(cells: Sequence[str], widths: Sequence[int], styles: Sequence[str]) ->
     return line
 
 
-def _draw(ended: Sequence[Ended], path: Path) -> None:
+def _draw(runs: Sequence[Entry], path: Path) -> None:
     from orchard_infra.cli.timeline import render
     from orchard_infra.cli.writing import replace_file
 
     try:
-        replace_file(path, render(ended).encode())
+        replace_file(path, render(runs).encode())
     except OSError as error:
         raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
-    click.echo(f"wrote {output.count(len(ended), 'run')} to {path}")
+    click.echo(f"wrote {output.count(len(runs), 'run')} to {path}")

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from orchard_infra.cli import output
-from orchard_infra.cli.history import Ended
+from orchard_infra.cli.history import Entry
 from orchard_infra.system.text import printable
 
 _NARROWEST, _WIDEST = 860, 6000  # pixels of the drawing; a wider page stretches it
@@ -30,6 +30,8 @@ _MOST_ROWS = 40  # rows of bars in one lane; what does not fit is drawn over oth
 
 # What the colours mean: the class, the words in the legend, and the endings that have it.
 _KINDS = (
+    ("wait", "waited for the lock", ("waiting",)),
+    ("running", "running now", ("running",)),
     ("normal", "ended normally", ("normal",)),
     ("failed", "failed: exception or exit status", ("exit", "exception")),
     ("asked", "stopped: signal or request", ("signal", "stopped")),
@@ -53,7 +55,7 @@ class Scale:
     width: int  # pixels, where the page is no wider
 
     @classmethod
-    def of(cls, runs: Sequence[Ended]) -> Scale:
+    def of(cls, runs: Sequence[Entry]) -> Scale:
         """So wide that most bars can be seen, and everything within a margin."""
         begin = min(run.record.started_at for run in runs)
         seen = max(run.last_seen_at for run in runs)
@@ -119,7 +121,7 @@ def _days(scale: Scale, step: int) -> Iterator[float]:
         day += datetime.timedelta(days=step)
 
 
-def pack(runs: Sequence[Ended], scale: Scale) -> list[int]:
+def pack(runs: Sequence[Entry], scale: Scale) -> list[int]:
     """A row for each run of a lane, in the order in which they began, so that no two overlap.
 
     Runs that wait for the same lock begin early and end late: they come to lie below each other.
@@ -140,7 +142,7 @@ def pack(runs: Sequence[Ended], scale: Scale) -> list[int]:
     return found
 
 
-def render(runs: Sequence[Ended], now: float | None = None) -> str:
+def render(runs: Sequence[Entry], now: float | None = None) -> str:
     """The whole page."""
     now = time.time() if now is None else now
     host = _text(socket.gethostname())
@@ -156,7 +158,7 @@ def render(runs: Sequence[Ended], now: float | None = None) -> str:
     )
 
 
-def _about(runs: Sequence[Ended]) -> str:
+def _about(runs: Sequence[Entry]) -> str:
     if not runs:
         return "nothing on record"
     projects = len({run.record.project for run in runs})
@@ -168,9 +170,9 @@ def _about(runs: Sequence[Ended]) -> str:
     )
 
 
-def _figure(runs: Sequence[Ended]) -> str:
+def _figure(runs: Sequence[Entry]) -> str:
     scale = Scale.of(runs)
-    lanes: dict[str, list[Ended]] = {}
+    lanes: dict[str, list[Entry]] = {}
     for run in sorted(runs, key=lambda run: run.record.started_at):
         lanes.setdefault(run.record.project, []).append(run)
     labels, drawn, grid = [], [], []
@@ -212,7 +214,7 @@ def _figure(runs: Sequence[Ended]) -> str:
     )
 
 
-def _bar(run: Ended, scale: Scale, y: int) -> str:
+def _bar(run: Entry, scale: Scale, y: int) -> str:
     """One run: hatched while it waited, coloured while it ran, dashed while nobody knows."""
     record, kind = run.record, _KIND_OF[run.how]
     began = record.started_at if run.running_at is None else run.running_at
@@ -227,7 +229,9 @@ def _bar(run: Ended, scale: Scale, y: int) -> str:
         )
     shapes.append(_rect(kind, scale, began, run.last_seen_at, y))
     width = scale.pixels(run.last_seen_at - began)
-    words = (run.ran,) if run.how == "normal" else (f"{run.outcome}, {run.ran}", run.outcome)
+    words = [f"{run.outcome}, {run.ran}", run.outcome]
+    if run.how in ("normal", "running"):
+        words = [run.ran]
     label = next((word for word in words if len(word) * _LETTER + 12 <= width), None)
     if label is not None:
         x = scale.share((began + run.last_seen_at) / 2)
@@ -248,14 +252,16 @@ def _rect(kind: str, scale: Scale, begin: float, end: float, y: int) -> str:
     )
 
 
-def _told(run: Ended) -> str:
+def _told(run: Entry) -> str:
     """Everything of a run, for a pointer that rests on it."""
     record = run.record
     began = record.started_at if run.running_at is None else run.running_at
-    lines = [
-        f"{record.project}: {_how(run)}",
-        f"{_moment(began)} to {_moment(run.last_seen_at, began)}, ran {run.ran}",
-    ]
+    lines = [f"{record.project}: {_how(run)}"]
+    if run.how == "running":
+        lines.append(f"since {_moment(began)}, for {run.ran}")
+    elif run.how != "waiting":
+        end = _moment(run.last_seen_at, began)
+        lines.append(f"{_moment(began)} to {end}, ran {run.ran}")
     if run.waited != "-":
         lines.append(f"waited {run.waited} for the lock, since {_moment(record.started_at)}")
     if run.alive_at is not None:
@@ -268,7 +274,7 @@ def _told(run: Ended) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _how(run: Ended) -> str:
+def _how(run: Entry) -> str:
     words = {
         "normal": "ended normally",
         "exit": f"ended with exit status {run.exit_status}",
@@ -277,11 +283,13 @@ def _how(run: Ended) -> str:
         "stopped": "ended, as it was asked to",
         "lost lock": "lost its lock",
         "killed": "was killed",
+        "running": "is running",
+        "waiting": "is waiting",
     }
     return words[run.how]
 
 
-def _who(run: Ended) -> str:
+def _who(run: Entry) -> str:
     record = run.record
     rank = "" if record.rank is None else f", rank {record.rank}"
     return f"{record.user} on {record.host}, pid {record.pid}{rank}"
@@ -294,11 +302,11 @@ def _moment(at: float, after: float | None = None) -> str:
     return time.strftime("%H:%M:%S" if same_day else "%Y-%m-%d %H:%M:%S", local)
 
 
-def _legend(runs: Sequence[Ended]) -> str:
+def _legend(runs: Sequence[Entry]) -> str:
     there = {_KIND_OF[run.how] for run in runs}
-    entries = [(kind, words) for kind, words, _ in _KINDS if kind in there]
     if any((run.waited_seconds or 0) >= 1 for run in runs):
-        entries.insert(0, ("wait", "waited for the lock"))
+        there.add("wait")
+    entries = [(kind, words) for kind, words, _ in _KINDS if kind in there]
     return "".join(
         f'<li><svg class="key" width="22" height="12" aria-hidden="true">'
         f'<rect class="{kind}" x="0.5" y="0.5" width="21" height="11" rx="3"/></svg>{words}</li>'
@@ -306,7 +314,7 @@ def _legend(runs: Sequence[Ended]) -> str:
     )
 
 
-def _table(runs: Sequence[Ended]) -> str:
+def _table(runs: Sequence[Entry]) -> str:
     rows = []
     for run in reversed(runs):
         record = run.record
@@ -315,9 +323,9 @@ def _table(runs: Sequence[Ended]) -> str:
             found = f"found dead {_moment(run.ended_at)}"
             notes = f"{found}; {notes}" if notes else found
         kind = _KIND_OF[run.how]
-        at = _moment(run.last_seen_at)
+        at = ("~" if run.alive_at is not None else "") + _moment(run.last_seen_at)
         cells = (
-            ("Ended", ("~" if run.alive_at is not None else "") + at, "number"),
+            ("Ended", "-" if run.is_live else at, "number"),
             ("Project", record.project, "name"),
             ("How", run.outcome, f"how {kind}-how"),
             ("Waited", run.waited, "number"),
@@ -393,13 +401,14 @@ _STYLE = """
 :root {
   --page: #f6f7f9; --card: #fff; --text: #1b2430; --soft: #5b6675; --line: #dde2e8; --lane: #f3f5f8;
   --normal: #1a936f; --failed: #d1441f; --asked: #e8a317; --killed: #8a3f9e; --lost: #2f6fd0;
-  --wait: #e9edf2; --hatch: #a9b4c2; --in: #fff; --in-asked: #3a2800;
+  --running: #0b8fa8; --wait: #e9edf2; --hatch: #a9b4c2; --in: #fff; --in-asked: #3a2800;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #12161c; --card: #1a2029; --text: #e6eaf0; --soft: #9aa6b5; --line: #2d3643;
     --lane: #1f2630; --normal: #2fb58c; --failed: #f0683f; --asked: #f2b93b; --killed: #c07ad4;
-    --lost: #6aa2f5; --wait: #2a323e; --hatch: #66748a; --in: #0d1117; --in-asked: #0d1117;
+    --lost: #6aa2f5; --running: #3fc3da; --wait: #2a323e; --hatch: #66748a;
+    --in: #0d1117; --in-asked: #0d1117;
   }
 }
 * { box-sizing: border-box; }
@@ -438,7 +447,7 @@ svg .right { text-anchor: start; }
 .grid { stroke: var(--line); stroke-width: 1; }
 svg .day { font-weight: 600; fill: var(--text); }
 .normal { fill: var(--normal); } .failed { fill: var(--failed); } .asked { fill: var(--asked); }
-.killed { fill: var(--killed); } .lost { fill: var(--lost); }
+.killed { fill: var(--killed); } .lost { fill: var(--lost); } .running { fill: var(--running); }
 .wait { fill: url(#hatch); stroke: var(--hatch); stroke-width: 1; }
 .hatch-back { fill: var(--wait); } .hatch-line { stroke: var(--hatch); stroke-width: 1.6; }
 .unknown { stroke: var(--killed); stroke-width: 2; stroke-dasharray: 3 4; }
@@ -462,6 +471,8 @@ td.how span { display: inline-block; white-space: nowrap; padding-left: 7px;
 .failed-how span { border-color: var(--failed) !important; }
 .asked-how span { border-color: var(--asked) !important; }
 .killed-how span { border-color: var(--killed) !important; }
+.running-how span { border-color: var(--running) !important; }
+.wait-how span { border-color: var(--hatch) !important; }
 .lost-how span { border-color: var(--lost) !important; }
 code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace; font-size: 0.92em; }
 @media (max-width: 760px) {

@@ -134,16 +134,25 @@ def killed(record: RunRecord, fd: int) -> Fields:
     """
     fields: Fields = {"how": "killed"}
     began = record.started_at
-    with contextlib.suppress(ValueError, RecursionError):
-        # It is not in the record of an older version.
-        running_at = json.loads(files.read_bounded(fd, RECORD_LIMIT)).get(RUNNING_AT)
-        if isinstance(running_at, float):
-            fields[RUNNING_AT] = began = running_at
+    running_at = running_since(fd)
+    if running_at is not None:
+        fields[RUNNING_AT] = began = running_at
     found_at = time.time()
     touched_at = os.fstat(fd).st_mtime  # by `Registration.touch`, every few seconds
     fields["alive_at"] = max(began, min(touched_at, found_at))
     fields["ended_at"] = max(began, found_at)
     return fields
+
+
+def running_since(fd: int) -> float | None:
+    """When the run whose record's file is open as ``fd`` had its lock. It is not in the record of
+    an older version.
+    """
+    try:
+        running_at = json.loads(files.read_bounded(fd, RECORD_LIMIT)).get(RUNNING_AT)
+    except (ValueError, RecursionError):
+        return None
+    return running_at if isinstance(running_at, float) else None
 
 
 def read(directory: str) -> Iterator[bytes]:
@@ -219,6 +228,8 @@ def _make_room(directory: str, path: str, fd: int) -> bool:
         try:
             os.replace(path, f"{directory}/{OLDER_NAME}")
         except OSError:  # Windows moves no open file; it must not grow without end
+            newest = _read(path)[-LIMIT // 2 :]
             os.ftruncate(fd, 0)
+            os.write(fd, newest)
             return False
     return True

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from commands import assert_documented, killed, orchard_infra, train, without_colours
+from commands import assert_documented, killed, orchard_infra, queue, train, without_colours
+from orchard_infra.inspect import RunState
 from orchard_infra.runs.history import NAME
+from orchard_infra.runs.registry import RunRegistry
 from support import wait_gone, wait_until
 from wrapping import is_pending
 
@@ -168,6 +170,22 @@ def test_a_run_inside_the_wrapped_command_is_a_part_of_that_run(tmp_path, wrappe
     )
     assert "joined True" in wrapper.run(sys.executable, train_py).output
     assert how_they_ended(tmp_path) == [("digits", "normal")]
+
+
+def test_the_timeline_has_who_holds_the_project_now_and_who_waits_for_it(tmp_path):
+    ended(tmp_path, "digits")
+    holder = train(tmp_path, "digits")
+    waiter = queue(tmp_path, "digits")
+    train(tmp_path, "letters")
+    wait_until(lambda: [run for run in RunRegistry().runs() if run.state is RunState.WAITING])
+    page = page_of(tmp_path, "-p", "digits", "-n", "1")
+    assert len([value for value in page.attributes("href") if value.startswith("#run-")]) == 3
+    kinds = [kind for value in page.attributes("class") for kind in value.split()]
+    assert {"running", "running-how", "wait", "wait-how", "normal"} <= set(kinds)
+    for word in ("running now", "digits: is running", f"pid {holder.pid}", f"pid {waiter.pid}"):
+        assert word in page.text
+    assert "letters" not in page.text
+    assert how_they_ended(tmp_path) == [("digits", "normal")]  # a history has what has ended
 
 
 class _Page(html.parser.HTMLParser):

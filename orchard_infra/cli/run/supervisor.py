@@ -235,7 +235,7 @@ class Supervisor:
                 return False
         except OSError:
             return False
-        return not self._seen_by_group.issubset(_ignored_by(pid))
+        return not self._seen_by_group.issubset(_ignored_by(pid, while_blocked=False))
 
     def _finish_listening(self) -> None:
         """End the witness, and drop signals that were for the command."""
@@ -313,7 +313,8 @@ class Supervisor:
             self._seen_by_group.clear()  # a new request, and for us alone
         self.asked_to_stop = True
         self._stop_at = now
-        if signum not in _ignored_by(self.pid):  # under nohup(1) it ends well hours later
+        # Under nohup(1) it ends well hours later. A shell blocks all signals now and then.
+        if signum not in _ignored_by(self.pid, while_blocked=True):
             self._stop_signals.append(signum)
 
     def _renew_witness(self) -> None:
@@ -396,8 +397,10 @@ def _is_for_group(info: struct_siginfo) -> bool:
     return not (hangs_up and os.getsid(0) == os.getpid())
 
 
-def _ignored_by(pid: int) -> set[int]:
-    """Which of the signals that ask to stop a process ignores. One that it blocks is kept."""
+def _ignored_by(pid: int, *, while_blocked: bool) -> set[int]:
+    """Which of the signals that ask to stop a process ignores. One that it blocks is kept for it:
+    ``while_blocked`` says whether such a one counts, too.
+    """
     masks = {b"SigIgn": 0, b"SigBlk": 0}
     try:
         with open(f"/proc/{pid}/status", "rb") as status:
@@ -407,7 +410,7 @@ def _ignored_by(pid: int) -> set[int]:
                     masks[name] = int(mask, 16)
     except OSError:
         pass
-    ignored = masks[b"SigIgn"] & ~masks[b"SigBlk"]
+    ignored = masks[b"SigIgn"] & ~(0 if while_blocked else masks[b"SigBlk"])
     return {signum for signum in END_SIGNALS if ignored >> (signum - 1) & 1}
 
 
