@@ -409,3 +409,22 @@ def test_a_lock_that_is_held_is_no_error_after_portalocker_was_loaded_anew(tmp_p
     finally:
         os.close(first)
         os.close(second)
+
+
+@pytest.mark.parametrize("is_alone", [True, False], ids=["its module alone", "all of portalocker"])
+def test_a_file_is_locked_without_what_portalocker_loads_for_redis(tmp_path, is_alone):
+    """That takes longer than all the rest of an environment, where redis is installed."""
+    source = f"""
+        import os, sys
+        from orchard_infra.system import flock
+        if not {is_alone}:  # another version may have its modules elsewhere
+            sys.modules[flock._ALONE + ".portalocker"] = None
+        first, second = (os.open("x", os.O_RDWR | os.O_CREAT) for _ in range(2))
+        assert flock.lock_descriptor(first) and not flock.lock_descriptor(second)
+        flock.unlock_descriptor(first)
+        assert flock.lock_descriptor(second)
+        assert ("portalocker" in sys.modules) is not {is_alone}
+        assert not {is_alone} or not {{"redis", "asyncio"}} & sys.modules.keys()
+    """
+    script = run_python(tmp_path, source)
+    assert script.finish() == 0, script.transcript()

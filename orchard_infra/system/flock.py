@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib
+import importlib.util
 import sys
+import types
 from typing import Any
+
+_ALONE = "orchard_infra.system.flock.portalocker"  # its name, without the package around it
 
 
 def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
@@ -18,9 +23,9 @@ def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
     """
     try:
         _locker().lock(fd, _lock_flags(shared))
-    except _portalocker().AlreadyLocked:
+    except _portalocker().exceptions.AlreadyLocked:
         return False
-    except _portalocker().LockException as error:
+    except _portalocker().exceptions.LockException as error:
         cause = next((arg for arg in error.args if isinstance(arg, OSError)), error.__cause__)
         if isinstance(cause, OSError):
             raise cause from None
@@ -30,9 +35,23 @@ def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
 
 @functools.cache  # who loads it anew, as a test of a plugin does, has other classes of its errors
 def _portalocker() -> Any:
-    import portalocker  # 50 ms
+    """The module of portalocker that locks files, by itself where that can be had.
 
-    return portalocker
+    `import portalocker` imports redis as well, and by that asyncio and OpenTelemetry, where these
+    are installed: each program would start 0.2 s later, for a lock that we do not use.
+    """
+    found = None if "portalocker" in sys.modules else importlib.util.find_spec("portalocker")
+    if found is not None and found.submodule_search_locations:
+        package = types.ModuleType(_ALONE)
+        package.__path__ = found.submodule_search_locations
+        sys.modules.setdefault(_ALONE, package)
+        try:
+            return importlib.import_module(f"{_ALONE}.portalocker")
+        except ImportError:  # it is laid out in another way now
+            pass
+    import portalocker
+
+    return portalocker.portalocker
 
 
 @functools.cache
@@ -42,12 +61,12 @@ def _locker() -> Any:
     """
     if sys.platform == "win32":
         return _portalocker()
-    return _portalocker().portalocker.FlockLocker()
+    return _portalocker().FlockLocker()
 
 
 @functools.cache  # arithmetic with enum flags costs more than flock(2)
 def _lock_flags(shared: bool) -> Any:
-    flags = _portalocker().LockFlags
+    flags = _portalocker().constants.LockFlags
     return (flags.SHARED if shared else flags.EXCLUSIVE) | flags.NON_BLOCKING
 
 
