@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from orchard_infra.environment import Environment
+from orchard_infra.locks.base import Lease, not_free_yet
 
 _MIB = 2**20  # bytes
 
@@ -41,7 +42,7 @@ def tell_released(env: Environment) -> None:
     if not env.logger.isEnabledFor(logging.INFO) or env.joined:
         return
     report = env.report
-    parts = [f"lock {env.lock_name} released"] if env.is_locked else []
+    parts = [] if env._lease is None else [_tell_lock(env, env._lease)]
     if report.flushed is not None and report.flushed.devices:
         freed = sum(device.freed for device in report.flushed.devices)
         parts.append(f"{freed / _MIB:.0f} MiB of device caches freed")
@@ -59,3 +60,12 @@ def tell_released(env: Environment) -> None:
         "; ".join(parts) or "nothing was held",
         extra={"run": env.run, "lock_path": str(env.lock_path)},
     )
+
+
+def _tell_lock(env: Environment, lease: Lease) -> str:
+    if env.lock_lost:
+        return f"lock {env.lock_name} was lost before"
+    reasons = not_free_yet(lease)
+    if reasons:
+        return f"lock {env.lock_name} not free yet: {', '.join(reasons)}"
+    return f"lock {env.lock_name} released"

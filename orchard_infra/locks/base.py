@@ -129,6 +129,15 @@ def parts_of(lease: Lease) -> Sequence[Lease]:
     return parts
 
 
+def not_free_yet(lease: Lease) -> Sequence[str]:
+    """What keeps others from a lock after its release, for people: a server could not be told.
+
+    A lease says it by ``not_free_yet``: a text, or None. It may change from one time to the next.
+    """
+    reasons = (getattr(part, "not_free_yet", None) for part in parts_of(lease))
+    return [reason for reason in reasons if reason]
+
+
 def is_remote(lease: Lease) -> bool:
     """Whether a lease is a `RemoteLease`. No isinstance: for a protocol that reads each property,
     and a fence may have to be drawn first.

@@ -271,6 +271,7 @@ class PostgresLease:
     _lock: PostgresLock
     _fence: int = 0  # 0: a pickled copy, which never held anything
     _session: Session | None = None
+    not_free_yet: str | None = attrs.field(default=None, init=False)  # see base
     _pid: int = attrs.field(factory=os.getpid, init=False)
     _suspect_since: float | None = attrs.field(default=None, init=False)
     _confirmed_at: float = attrs.field(factory=server.now, init=False)
@@ -338,6 +339,8 @@ class PostgresLease:
                     self._give_back()
                 finally:
                     self._mutex.release()
+            elif self._session is not None:
+                self.not_free_yet = f"{self._where} is given back when its server has answered"
 
     def _give_back(self) -> None:
         session, self._session = self._session, None
@@ -352,13 +355,12 @@ class PostgresLease:
                 session.close()
         elif self._lost is None:
             failure = "its server could not be reached"
+        self.not_free_yet = None
         if failure is not None:
-            _logger.warning(
-                "the lock %s could not be given back: %s. Its server frees it by itself when it "
-                "sees that the connection is closed",
-                self._where,
-                failure,
+            self.not_free_yet = (
+                f"{self._where} is freed by its server when that sees that the connection is closed"
             )
+            _logger.warning("the lock could not be given back: %s; %s", failure, self.not_free_yet)
 
     def _confirm(self, *, unless_recent: bool = False) -> None:
         self._refuse_without_lock()

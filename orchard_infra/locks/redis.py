@@ -295,6 +295,7 @@ class RedisLease:
     _server: Server | None = attrs.field(default=None, repr=False)
     _held: FencedLock | None = attrs.field(default=None, repr=False)
     _renewed: float = 0.0  # on the boot clock, before the last good renewal was sent
+    not_free_yet: str | None = attrs.field(default=None, init=False, repr=False)  # see base
     _pid: int = attrs.field(factory=os.getpid, init=False, repr=False)
     _suspect: bool = attrs.field(default=False, init=False)
     _over: str | None = attrs.field(default=None, init=False)  # why it will never be held again
@@ -373,11 +374,9 @@ class RedisLease:
                 with server.within(seconds) as asked:
                     held.give_back(asked)
             except InfrastructureError as error:
+                self.not_free_yet = f"{self.name} frees itself within {self._lock.ttl:g} s"
                 _logger.warning(
-                    "the lock %s could not be given back, and frees itself within %g s: %s",
-                    self.name,
-                    self._lock.ttl,
-                    error,
+                    "the lock could not be given back, %s: %s", self.not_free_yet, error
                 )
             # Last: a release that a Ctrl-C of another thread has broken off can be called again.
             self._held = self._server = None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import attrs
 import pytest
@@ -19,6 +23,7 @@ from orchard_infra import (
 from orchard_infra.locks.base import Lock
 from orchard_infra.locks.postgres import PostgresLock
 from orchard_infra.locks.redis import RedisLock
+from redis_proxy import Proxy
 from servers import PostgresServer, RedisServer
 from support import run_python, wait_until
 
@@ -129,3 +134,48 @@ def test_a_forked_child_that_goes_on_does_not_hold_up_the_release(case: Case, tm
         case.source.replace("interval=0.2", "interval=60").replace("ttl=6.0, renew=0.2", "ttl=180"),
     )
     program.wait_for("[False] False None")
+
+
+def behind(proxy: Proxy, url: str) -> str:
+    """The same server, by way of a proxy."""
+    port = urlsplit(proxy.url).port
+    return re.sub(r"127\.0\.0\.1:\d+", f"127.0.0.1:{port}", url)
+
+
+@pytest.mark.parametrize("kind", ["postgres", "redis"])
+def test_a_lock_whose_server_cannot_be_told_is_not_said_to_be_released(
+    kind: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    lock: Lock
+    if kind == "redis":
+        redis: RedisServer = request.getfixturevalue("redis_server")
+        redis.execute("FLUSHALL")
+        proxy, expected = Proxy(redis.port), "frees itself within 60 s"
+        lock = RedisLock(behind(proxy, redis.url), ttl=60, renew=20, guard=False)
+    else:
+        postgres: PostgresServer = request.getfixturevalue("postgres")
+        proxy, expected = Proxy(postgres.port), "is freed by its server when"
+        lock = PostgresLock(behind(proxy, postgres.create_database()), interval=60)
+    manager = InfrastructureManager(locker=AllOf(FileLock(), lock))
+    with contextlib.ExitStack() as cable:
+        cable.enter_context(proxy)
+        with managed_environment("digits", manager=manager) as env:
+            env.verify()
+            cable.close()
+    told = caplog.records[-1].getMessage()
+    assert "released project digits" in told
+    assert f"lock {env.lock_name} not free yet: " in told
+    assert expected in told
+    assert not env.lock_lost
+
+
+def test_a_lock_that_was_lost_is_not_said_to_be_released(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    with managed_environment("digits") as env:
+        env.lock_path.unlink()
+        with pytest.raises(LockLostError):
+            env.verify()
+    assert f"lock {env.lock_path} was lost before" in caplog.records[-1].getMessage()
