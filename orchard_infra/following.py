@@ -22,6 +22,7 @@ from orchard_infra.launch import (
     is_known_elsewhere,
     is_plain,
     is_same_job,
+    launcher_of,
     processes_of_rank_0,
 )
 from orchard_infra.locks.acquiring import Pause
@@ -131,6 +132,25 @@ class Job:
         # Lightning's rank 0 was a plain process when it came to its environment.
         within = self.record.run_id in self.registry.lineage(run.record.parent)
         return within or self._is_of_this_job(run)
+
+    # Runs of other jobs.
+
+    def will_return(self, holder: RunRecord) -> bool:
+        """Whether the launcher of a run that had the lock may start its job again: `torchrun
+        --max-restarts`. It does not after a rank 0 that has left well.
+        """
+        # Another user's notices are not to be seen here.
+        if not holder.restarts_left or holder.uid != self.record.uid:
+            return False
+        if is_same_job(holder.job, self.record.job):
+            return False
+        launcher = launcher_of(holder.job)
+        if launcher is None or not processes.is_alive(launcher):
+            return False
+        notice = self._notices.find(holder)
+        if notice is None or notice.record.started_at < holder.started_at:
+            return True  # it was killed, and has left none
+        return notice.outcome != "left"
 
     # The other ranks.
 

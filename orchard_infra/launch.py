@@ -238,8 +238,9 @@ class Launch:
 
     ``job`` is what all ranks of one job have in common and no other job has; compare it by
     `is_same_job` only. It stays the same through elastic restarts. None outside of a distributed
-    job, and where nothing names it. ``restart`` counts the restarts of the job, for display.
-    ``node`` is which of the job's hosts this one is, where the launcher says so.
+    job, and where nothing names it. ``restart`` counts the restarts of the job, for display,
+    and ``restarts_left`` is how often torchrun would start it again. ``node`` is which of the job's
+    hosts this one is, where the launcher says so.
     """
 
     rank: int | None = None
@@ -249,6 +250,7 @@ class Launch:
     scheduler: str | None = None
     job: str | None = None
     restart: int | None = attrs.field(default=None, eq=False)
+    restarts_left: int | None = attrs.field(default=None, eq=False)
     node: int | None = None
     _evidence: str = attrs.field(default="", eq=False)  # of the scheduler, else of the rank
     _rank_from: str = attrs.field(default="", eq=False)
@@ -274,6 +276,7 @@ class Launch:
             ranks,
             scheduler=scheduler,
             restart=_first_number(environ, _RESTARTS),
+            restarts_left=_restarts_left(environ),
             node=_first_number(environ, _NODES.get(ranks.launcher or "", ())),
             evidence=evidence or ranks._rank_from,
         )
@@ -660,6 +663,13 @@ def _rank(environ: Mapping[str, str], variable: str) -> int | None:
             f"Correct it, or unset {variable} if this process is not part of a distributed job."
         )
     return rank
+
+
+def _restarts_left(environ: Mapping[str, str]) -> int | None:
+    # local_elastic_agent.py
+    most = _number(environ, "TORCHELASTIC_MAX_RESTARTS")
+    done = _number(environ, "TORCHELASTIC_RESTART_COUNT")
+    return None if most is None or done is None else max(0, most - done)
 
 
 def _first_number(environ: Mapping[str, str], variables: Iterable[str]) -> int | None:

@@ -529,6 +529,18 @@ def test_the_count_of_restarts_is_shown_and_makes_no_other_job() -> None:
     assert Launch.from_environ({**SLURM, "SLURM_RESTART_COUNT": "x"}).restart is None
 
 
+@pytest.mark.parametrize(
+    ("most", "done", "left"), [("2", "0", 2), ("2", "2", 0), ("0", "0", 0), ("2", None, None)]
+)
+def test_the_restarts_that_torchrun_has_left_are_known(
+    most: str, done: str | None, left: int | None
+) -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": most}
+    if done is not None:
+        environ["TORCHELASTIC_RESTART_COUNT"] = done
+    assert Launch.from_environ(environ).restarts_left == left
+
+
 def job_of(process: str | None, job_id: str) -> str | None:
     return Launch.from_environ({**TORCHRUN, "TORCHELASTIC_RUN_ID": job_id}, process).job
 

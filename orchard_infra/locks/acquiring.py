@@ -21,7 +21,16 @@ from typing import Any, TypeAlias
 import attrs
 
 from orchard_infra.errors import EnvironmentLockedError, InfrastructureError
-from orchard_infra.locks.base import Held, Lease, Lock, LockKey, Place, connected, describe_lock
+from orchard_infra.locks.base import (
+    Held,
+    Lease,
+    Lock,
+    LockKey,
+    Place,
+    SharedLock,
+    connected,
+    describe_lock,
+)
 from orchard_infra.runs.record import RunRecord, Survivor, leader_is_dead
 from orchard_infra.system.masking import uninterrupted
 from orchard_infra.system.text import duration, printable
@@ -35,6 +44,7 @@ _LOOK_AGAIN = 0.2  # seconds between two looks at whether the holder is dead
 _SAY_AGAIN = 30.0  # seconds between two log lines of a waiter
 _CLEAR_AGAIN = 30.0  # seconds between two looks for what a dead holder left
 _UNSIGNED = 0.1  # seconds for which a new holder may not have signed yet
+_RETURNS_WITHIN = 30.0  # seconds for a launcher to start the job again that had the lock
 _CLEARED = 1.0  # seconds for which somebody else may have the lock of a dead holder, not signed
 
 ClearDead: TypeAlias = Callable[[RunRecord], Sequence[Survivor]]
@@ -105,6 +115,7 @@ def acquiring(
     clear_dead: ClearDead,
     logger: logging.Logger,
     keep: Callable[[Lease], object] = lambda lease: None,
+    will_return: Callable[[RunRecord], bool] = lambda holder: False,
 ) -> Generator[Pause, None, Lease]:
     """Take a lock. Every `Pause` that comes out is to be waited for before the next step; the
     lease is what the generator returns. Close it when it is not carried on: nothing is left then.
@@ -114,13 +125,14 @@ def acquiring(
 
     ``timeout`` is how long to wait for another run, in seconds: 0 fails at once, None waits for
     ever and never gives up. ``clear_dead`` stops what still lives of a dead holder, where that is
-    allowed, and returns what it had to leave.
+    allowed, and returns what it had to leave. ``will_return`` says whether a run that was seen to
+    hold the lock is of a job that its launcher may be about to start again.
 
     Raises:
         EnvironmentLockedError: Another run has it, or this very thread and task. It is logged.
         InfrastructureError: It cannot be taken at all. It is logged.
     """
-    attempt = _Attempt(lock, key, record, timeout, clear_dead, logger, keep)
+    attempt = _Attempt(lock, key, record, timeout, clear_dead, logger, keep, will_return)
     try:
         try:
             attempt.begin()
@@ -180,6 +192,7 @@ class _Attempt:
     clear_dead: ClearDead
     logger: logging.Logger
     keep: Callable[[Lease], object]
+    will_return: Callable[[RunRecord], bool]
     lease: Lease | None = attrs.field(default=None, init=False)
     _asked: Lock = attrs.field(init=False)  # the lock, or one connection of it
     _owner: _Owner = attrs.field(init=False)
@@ -197,6 +210,7 @@ class _Attempt:
     _may_be_unsigned: bool = attrs.field(default=True, init=False)
     _holder: RunRecord | None = attrs.field(default=None, init=False)
     _reason: str | None = attrs.field(default=None, init=False)  # see `Held.reason`
+    _free_since: float | None = attrs.field(default=None, init=False)  # see `_gives_way`
     _cleared: str | None = attrs.field(default=None, init=False)  # a run id
     _survivors: tuple[Survivor, ...] = attrs.field(default=(), init=False)
     _refusal: EnvironmentLockedError | None = attrs.field(default=None, init=False)
@@ -230,6 +244,8 @@ class _Attempt:
         self._unchanged = None
         try:
             self._tries = self._place is None or self._place.is_first()
+            if self._tries and self._gives_way():
+                return False
             if self._tries:
                 with uninterrupted():
                     outcome = self._asked.try_acquire(self.key, self.record)
@@ -272,7 +288,9 @@ class _Attempt:
 
     def _stand_in_line(self) -> None:
         queue = getattr(self.lock, "queue", None)
-        if queue is None:
+        # A job that was started again had the lock: the first in line gives way to it.
+        has_returned = self.record.restarts_left is not None and self.record.restart
+        if queue is None or has_returned:
             return
         line = queue(self.key)
         self._leave.push(line)  # before it is entered: a Ctrl-C may come between
@@ -280,6 +298,30 @@ class _Attempt:
             self._place = line.__enter__()
         except (OSError, InfrastructureError) as error:  # no directory for it, no descriptors left
             self.logger.debug("waiting for %s beside the queue: %s", self.name, error)
+
+    def _gives_way(self) -> bool:
+        """Whether the lock is free only because its job is between two starts, of which the second
+        would be refused. It takes a launcher seconds to start ranks again.
+
+        Raises:
+            EnvironmentLockedError: Our own time is over.
+        """
+        holder, lock = self._holder, self._asked
+        if holder is None or not isinstance(lock, SharedLock) or not self.will_return(holder):
+            return False
+        if lock.holder_now(self.key) is not None:
+            self._free_since = None
+            return False
+        now = time.monotonic()
+        if self._free_since is None:
+            self._free_since = self._say_at = now
+        if now - self._free_since >= _RETURNS_WITHIN:
+            return False
+        self._reason = f"the job of its last holder (pid {holder.pid}) is being started again"
+        if now >= self._deadline:
+            raise self._locked(now - self._began)
+        self._say(now)
+        return True
 
     def _consider(self, holder: RunRecord | None) -> None:
         """The lock is taken: refuse, clear a dead holder away, or go on waiting.
@@ -301,13 +343,17 @@ class _Attempt:
             now = time.monotonic()
         if now >= self._deadline:
             raise self._locked(now - self._began)
-        if self.timeout != 0 and now >= self._say_at:
+        if self.timeout != 0:
+            self._say(now)
+
+    def _say(self, now: float) -> None:
+        if now >= self._say_at:
             self._say_at = now + _SAY_AGAIN
             self.logger.info(
                 "waiting for the lock %s%s",
                 self.name,
                 f": {self._reason}" if self._reason else f", held by {self._describe_holder()}",
-                extra={"lock_path": str(self.key.path), "holder": holder},
+                extra={"lock_path": str(self.key.path), "holder": self._holder},
             )
 
     def _refuse_own(self, holder: RunRecord) -> None:

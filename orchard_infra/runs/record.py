@@ -116,10 +116,10 @@ class RunRecord:
     ``session`` is the session of the leader, see setsid(2). ``environment`` is a keyed digest of
     the environment that the leader was started with; it is in the registry only, which nobody
     else can read. ``host`` is for display: a host name may change while a run goes on. ``job`` is
-    that of `Launch`, and ``restart`` its count of restarts. ``turn`` counts the environments of its
-    project that its process has come to: the third one of each rank of a job is one and the same.
-    ``fence`` is that of the lease, where it is known from the start. ``time_namespace`` is the one
-    whose clock ``create_time`` is on; a record of the version before has none.
+    that of `Launch`, as are ``restart`` and ``restarts_left``. ``turn`` counts the environments
+    of its project that its process has come to: the third one of each rank of a job is one and the
+    same. ``fence`` is that of the lease, where it is known from the start. ``time_namespace`` is
+    the one whose clock ``create_time`` is on; a record of the version before has none.
     """
 
     run_id: str = attrs.field(validator=_run_id)
@@ -145,6 +145,7 @@ class RunRecord:
     turn: int | None = attrs.field(default=None, validator=_whole_or_none)
     fence: int | None = attrs.field(default=None, validator=_whole_or_none)
     time_namespace: int | None = attrs.field(default=None, validator=_whole_or_none)
+    restarts_left: int | None = attrs.field(default=None, validator=_whole_or_none)
 
     @property
     def leader(self) -> ProcessIdentity:
@@ -216,6 +217,7 @@ def describe_this_run(
     argv: Sequence[str] | None = None,
     job: str | None = None,
     restart: int | None = None,
+    restarts_left: int | None = None,
     turn: int | None = None,
 ) -> RunRecord:
     """The record of a run that this process is about to begin. ``argv`` is what the run executes,
@@ -254,6 +256,7 @@ def describe_this_run(
             restart=restart,
             turn=turn,
             time_namespace=processes.own_time_namespace(),
+            restarts_left=restarts_left,
         )
     except ValueError as error:
         raise InfrastructureError(f"the run cannot be recorded: {error}") from error

@@ -124,6 +124,15 @@ with managed_environment(cfg, manager=manager):
         wait_for("raise")
         raise RuntimeError("no luck")
     wait_for("end")
+    tell("out")
+"""
+)
+
+WAITS = (
+    PRELUDE
+    + """
+with managed_environment("digits", timeout=None):
+    tell("in")
 """
 )
 
@@ -134,6 +143,8 @@ def test_an_elastic_restart_takes_over_its_own_lock_and_stops_what_was_left(tmp_
     job = start(tmp_path, [*TORCHRUN, "--max-restarts=2"], ELASTIC)
     for rank in (0, 1):
         at(job, rank, "in 0")
+    waiter = run_python(tmp_path, WAITS, name="waits.py")
+    waiter.wait_for("waiting for the lock")
     forks = [int(pid) for pid in re.findall(r"fork (\d+)", job.output)]
 
     os.kill(_parent_of(forks, job, rank=0), signal.SIGKILL)
@@ -151,6 +162,8 @@ def test_an_elastic_restart_takes_over_its_own_lock_and_stops_what_was_left(tmp_
     for restart in (1, 2):
         assert at(job, 0, f"in {restart}") - at(job, 0, f"comes {restart}") < 5.0
     assert "rank 0 did not" not in job.output
+    assert waiter.finish() == 0, waiter.transcript()
+    assert at(waiter, 0, "in") > at(job, 0, "out")
 
 
 def _parent_of(forks: list[int], job: Script, *, rank: int) -> int:

@@ -27,7 +27,7 @@ from orchard_infra.locks.base import LockKey
 from orchard_infra.locks.file import FileLock
 from orchard_infra.runs.record import describe_this_run
 from orchard_infra.runs.registry import RunRegistry
-from support import Script, is_running, run_python, wait_gone, wait_until
+from support import Script, is_running, run_python, wait_gone, wait_until, written
 from wrapping import Wrapper
 
 PRELUDE = """
@@ -656,6 +656,117 @@ def test_a_rank_that_comes_when_rank_0_has_left_goes_on_unless_another_run_has_t
 
     assert late[1].finish() == 1
     assert f"is held by pid {holder.pid} " in late[1].error_output
+
+
+# The lock between two starts of a job.
+
+WAITS = (
+    PRELUDE
+    + """
+from orchard_infra.locks import acquiring
+acquiring._RETURNS_WITHIN = float(sys.argv[1])
+with enter(timeout=None):
+    tell("in")
+"""
+)
+
+
+def elastic(restart: int) -> dict[str, str]:
+    """As torchrun --max-restarts=1 starts a rank."""
+    return {
+        "TORCHELASTIC_RUN_ID": "none",
+        "TORCHELASTIC_MAX_RESTARTS": "1",
+        "TORCHELASTIC_RESTART_COUNT": str(restart),
+    }
+
+
+def waiter_of(ranks: Ranks, holder: Script, *, patience: float = 1e9) -> Script:
+    """A run of no job that waits for the lock; it has seen who has that."""
+    holder.wait_for("] in")
+    waiter = ranks.start(None, WAITS, str(patience))
+    waiter.wait_for("waiting for the lock")
+    return waiter
+
+
+@pytest.mark.parametrize("ends_by", ["SIGKILL", "SIGTERM"])
+def test_a_run_that_waits_leaves_the_lock_to_a_job_that_is_started_again(
+    ranks: Ranks, ends_by: str
+) -> None:
+    """SIGTERM is what torchrun sends to rank 0 when another rank has failed. The second rank 0
+    waits for locks itself, and is not behind the other run in the queue.
+    """
+    first = ranks.start(0, **elastic(0))
+    waiter = waiter_of(ranks, first)
+    first.send_signal(signal.Signals[ends_by])
+    waiter.wait_for(f"the job of its last holder (pid {first.pid}) is being started again")
+    first.wait()
+
+    second = ranks.start(0, RUN, "600", **elastic(1))
+
+    second.wait_for("] in")
+    assert "] in" not in waiter.output
+    end(second)
+    assert waiter.finish() == 0  # although the launcher of the job, this process, lives
+
+
+def test_a_job_that_ends_well_has_its_lock_go_free_at_once_with_restarts_left(
+    ranks: Ranks,
+) -> None:
+    job = ranks.start(0, **elastic(0))
+    waiter = waiter_of(ranks, job)
+
+    end(job)
+
+    assert waiter.finish() == 0, waiter.transcript()
+    assert "started again" not in waiter.output
+
+
+def test_a_job_without_restarts_left_has_its_lock_go_free_when_it_is_killed(ranks: Ranks) -> None:
+    job = ranks.start(0, **elastic(1))
+    waiter = waiter_of(ranks, job)
+
+    job.kill()
+
+    assert waiter.finish() == 0, waiter.transcript()
+    assert "started again" not in waiter.output
+
+
+def test_a_run_that_waits_takes_the_lock_of_a_job_that_does_not_come_back_in_time(
+    ranks: Ranks,
+) -> None:
+    job = ranks.start(0, **elastic(0))
+    waiter = waiter_of(ranks, job, patience=0.2)
+
+    job.kill()
+
+    assert waiter.finish() == 0, waiter.transcript()
+
+
+ELASTIC_LAUNCHER = """
+    import os, subprocess, sys
+    rank = subprocess.Popen([sys.executable, sys.argv[1]], env={**os.environ, "RANK": "0"})
+    sys.stdin.readline()
+    rank.kill()
+    rank.wait()
+    sys.stdin.readline()
+"""
+
+
+def test_the_lock_of_a_job_whose_launcher_has_died_goes_free(ranks: Ranks) -> None:
+    launcher = run_python(
+        ranks.tmp_path,
+        ELASTIC_LAUNCHER,
+        str(written(ranks.tmp_path / "rank_0.py", RUN)),
+        env={**elastic(0), "WORLD_SIZE": "4"},
+    )
+    waiter = waiter_of(ranks, launcher)
+    launcher.tell()
+    waiter.wait_for("started again")
+    assert "] in" not in waiter.output
+
+    launcher.kill()
+
+    assert waiter.finish() == 0, waiter.transcript()
 
 
 # On another host.

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import psutil
@@ -41,7 +42,9 @@ from support import run_python, succeeds_in_a_fork, wait_until
 LOG = logging.getLogger("Infrastructure")
 
 
-def steps_for(path: Path, timeout: float | None = None) -> Generator[Pause, None, Lease]:
+def steps_for(
+    path: Path, timeout: float | None = None, **options: Any
+) -> Generator[Pause, None, Lease]:
     return acquiring(
         FileLock(),
         key_of(path),
@@ -49,6 +52,7 @@ def steps_for(path: Path, timeout: float | None = None) -> Generator[Pause, None
         timeout=timeout,
         clear_dead=lambda dead: (),
         logger=LOG,
+        **options,
     )
 
 
@@ -99,6 +103,19 @@ def test_a_contender_is_told_who_holds_the_lock_and_so_is_the_log(tmp_path, capl
         assert word in str(error)
     [logged] = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert logged.getMessage() == str(error)
+
+
+def test_a_waiter_keeps_its_timeout_while_it_leaves_the_lock_to_a_job_that_returns(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.lock"
+    lease = take_elsewhere(path)
+    steps = steps_for(path, timeout=0.3, will_return=lambda holder: True)
+    next(steps)
+    lease.release()
+
+    with pytest.raises(EnvironmentLockedError, match="is being started again"):
+        drive(steps)
 
 
 def test_advice_names_only_what_exists(tmp_path):
