@@ -116,10 +116,18 @@ def has_led_a_run(pid: int, registry: _Registry) -> bool:
 
 def has_a_record_open(pid: int) -> bool:
     """Whether a process has a run's record open, be it in a registry that somebody has removed."""
-    return any(
-        name.endswith(SUFFIX) and is_run_id(name.removesuffix(SUFFIX))
-        for name in processes.names_of_open(pid)
-    )
+    return any(map(_is_record, processes.names_of_open(pid)))
+
+
+def _is_record(name: str) -> bool:
+    return name.endswith(SUFFIX) and is_run_id(name.removesuffix(SUFFIX))
+
+
+def leads_a_run(pid: int) -> bool:
+    """Whether a process leads a run now, be it in a registry that is not ours: it has locked the
+    record itself. A fork of a leader has that open as well, but took no lock.
+    """
+    return any(_is_record(name) for name in processes.names_of_locked(pid))
 
 
 def kin(table: Mapping[int, Row] | None = None) -> set[int]:

@@ -21,7 +21,7 @@ from typing import Literal
 import attrs
 
 from orchard_infra.runs.environ import environment_digest
-from orchard_infra.runs.membership import command_of, kin
+from orchard_infra.runs.membership import command_of, kin, leads_a_run
 from orchard_infra.runs.pools import Role, role_of
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, RunState, Survivor, clip
 from orchard_infra.runs.registered import RegisteredRun
@@ -152,7 +152,7 @@ class _Search:
             run, evidence = above.run, f"child of pid {row.ppid}, which belongs to the run"
         if run is None:
             return None
-        if self.live_run_of(pid) is not None or _led_a_run(pid, run):
+        if self.live_run_of(pid) is not None or _has_a_run(pid, run):
             self.spared.add(pid)
             return None
         cmdline = processes.read_cmdline(pid)
@@ -221,6 +221,9 @@ def _is_fork(record: RunRecord, cmdline: bytes, environ: bytes | None) -> bool:
     return environment_digest(environ, record.run_id) == record.environment
 
 
-def _led_a_run(pid: int, run: RegisteredRun) -> bool:
-    """Whether a process led a run of its own that ended well. It may be writing its results."""
-    return run.directory is not None and processes.has_locked(pid, run.directory)
+def _has_a_run(pid: int, run: RegisteredRun) -> bool:
+    """Whether a process leads a run of its own, which may be in another registry, or led one that
+    ended well: it may be writing its results.
+    """
+    led_one = run.directory is not None and processes.has_locked(pid, run.directory)
+    return led_one or leads_a_run(pid)

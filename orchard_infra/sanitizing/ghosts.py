@@ -47,6 +47,7 @@ from orchard_infra.runs.membership import (
     is_kin,
     is_ours,
     kin,
+    leads_a_run,
 )
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
@@ -248,6 +249,7 @@ class GhostSanitizer:
                         or (directory is not None and processes.has_locked(pid, directory))
                     )
                 )
+                or leads_a_run(pid)  # in a registry that is not ours
             )
 
         return spare

@@ -539,6 +539,13 @@ def names_of_open(pid: int) -> Iterator[str]:
         yield _name_of_open(pid, fd)
 
 
+def names_of_locked(pid: int) -> Iterator[str]:
+    """The name of each file that a process has locked itself, exclusively, and still has open."""
+    for fd, _ in _open_files(pid):
+        if pid in _lockers(pid, fd, b"WRITE"):
+            yield _name_of_open(pid, fd)
+
+
 def _open_files(pid: int) -> Iterator[tuple[str, tuple[int, int]]]:
     """The number of each open descriptor, with the device and inode of its file."""
     try:

@@ -581,6 +581,43 @@ def test_a_program_that_led_a_run_which_ended_well_is_no_part_of_a_stopped_tree(
     assert is_running(trial)
 
 
+@pytest.mark.parametrize("below", ["the dead run", "a shell of the dead run"])
+def test_a_live_run_of_another_registry_is_no_survivor_and_no_part_of_a_stopped_tree(
+    tmp_path, below
+):
+    (tmp_path / "other").mkdir(mode=0o700)
+    source = """
+        import os, subprocess, sys, time
+        from orchard_infra import EnvironmentConfig, managed_environment
+
+        if sys.argv[1:] == ["trial"]:
+            with managed_environment("trial"):
+                print("trial", os.getpid(), flush=True)
+                time.sleep(1000)
+        may_kill = bool(os.environ.get("KILL"))
+        with managed_environment(EnvironmentConfig("sweep", allow_process_kill=may_kill)):
+            if sys.argv[1:]:
+                command = f"{sys.executable} {__file__} trial"
+                command += "; true" if "shell" in sys.argv[1] else ""  # else it execs
+                elsewhere = {**os.environ, "ORCHARD_INFRA_DIR": os.path.abspath("other")}
+                child = subprocess.Popen(["bash", "-c", command], env=elsewhere)
+                print("child", child.pid, flush=True)
+                time.sleep(1000)
+        """
+    sweep = run_python(tmp_path, source, below)
+    child = int(sweep.wait_for("child").split()[1])
+    trial = int(sweep.wait_for("trial").split()[1])
+    sweep.kill()
+    sweep.finish()
+    for kill in ("", "yes"):
+        after = run_python(tmp_path, tmp_path / "script.py", env={"KILL": kill})
+        assert after.finish() == 0, after.transcript()
+        assert f"pid {trial} " not in after.error_output
+        assert is_running(trial)
+    if child != trial:
+        wait_gone([child])
+
+
 def test_a_worker_that_is_killed_is_the_program_s_own_business(tmp_path):
     run = run_python(
         tmp_path,
