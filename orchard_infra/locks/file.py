@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from orchard_infra.system.masking import uninterrupted
 
 _MODE = 0o644  # others may read who has the lock
 _LOCK_NAMES = (".lock", ".lck", ".pid")
-_FOREIGN = 4096  # bytes that are read of a file to see whether it is a lock
+_PID = re.compile(rb"\s*\d{1,10}\s*")  # a list of numbers is somebody's data
 _FREE = RECORD_START + b' "free": true}\n'
 
 # fmt: off
@@ -435,12 +436,13 @@ def refuse_foreign(fd: int, path: Path) -> None:
             f"the lock file {path} belongs to {files.owner_name(stat.st_uid)} and no run holds it. "
             "Ask its owner to remove it, or choose another lock_file_path"
         )
-    start = files.read_bounded(fd, _FOREIGN)
-    if start.startswith(RECORD_START):
+    data = files.read_bounded(fd, RECORD_LIMIT + 1)
+    if data.startswith(RECORD_START):
         return
     # A power loss leaves zeros, or a part of a record; other programs leave an empty file or a pid.
-    broken = RECORD_START.startswith(start) or not start.strip(b"\0 \t\r\n0123456789")
-    if not broken or stat.st_size > RECORD_LIMIT:
+    text = data.strip(b"\0")
+    broken = RECORD_START.startswith(text) or not text.strip() or _PID.fullmatch(text) is not None
+    if not broken or len(data) > RECORD_LIMIT:
         raise InfrastructureError(
             f"{path} exists and is no lock file ({stat.st_size} bytes that are no run record); "
             "it was not touched. Choose another lock_file_path, or remove the file"

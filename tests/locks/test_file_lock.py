@@ -233,6 +233,9 @@ def test_a_device_is_refused():
     [
         ("results.csv", b"epoch,loss\n1,0.5\n"),
         ("results.lock", b"epoch,loss\n1,0.5\n"),
+        ("steps.lock", b"1000\n2000\n"),
+        ("digits.lock", b"7" * 500),
+        ("weights.lock", b"\0" * 5000 + b"\1\2\3"),  # float32, the first ones zero
         ("seed.txt", b"42"),
         ("step.txt", b"1000\n"),
         ("__init__.py", b""),
