@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterable
@@ -192,6 +193,10 @@ def _prepared_for(cfg: object) -> Session | None:
     lock = read_lock_path(cfg)
     for session in sessions:
         if session.settings.lock_path == lock.path:
+            return session
+    real = os.path.realpath(lock.path)  # of /tmp on a Mac, or of a home behind a link
+    for session in sessions:
+        if os.path.realpath(session.settings.lock_path) == real:
             return session
     for session in sessions:
         if session.settings.lock_path_given == lock.given:

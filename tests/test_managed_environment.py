@@ -627,6 +627,21 @@ def test_an_equal_cfg_with_a_relative_path_releases_after_a_chdir(tmp_path, monk
     assert not env.lock_path.exists()
 
 
+def test_a_path_by_way_of_a_link_releases_what_the_real_one_prepared(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to("disk")
+
+    def cfg(directory: str) -> EnvironmentConfig:
+        return EnvironmentConfig("digits", lock_file_path=tmp_path / directory / "x.lock")
+
+    env = InfrastructureManager().prepare_environment(cfg("home"))
+    InfrastructureManager().release_resources(cfg("disk"))
+    assert not env.lock_path.exists()
+    env = InfrastructureManager().prepare_environment(cfg("disk"))
+    InfrastructureManager().release_resources(cfg("home"))
+    assert not env.lock_path.exists()
+
+
 def test_of_several_the_newest_of_this_thread_is_released():
     manager = InfrastructureManager(locker=None, stopper=None)
     mine = [manager.prepare_environment("same") for _ in range(2)]
