@@ -71,7 +71,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
         (ours / name).mkdir(mode=0o700)
         monkeypatch.setenv(variable, str(ours / name))
     monkeypatch.setenv(TEST_MARK, mark)
-    before = psutil.Process().children(recursive=True)
+    before = set(psutil.pids())
     try:
         yield
     finally:

@@ -278,16 +278,14 @@ def wait_gone(pids: Iterable[int], timeout: float = PATIENCE) -> None:
     )
 
 
-def stop_everything_started(
-    mark: str, tmp_path: Path, before: Collection[psutil.Process] = ()
-) -> None:
+def stop_everything_started(mark: str, tmp_path: Path, before: Collection[int] = ()) -> None:
     """Stop what a test started and left: its scripts and our descendants, and whatever carries
     its mark or works in its directory.
 
     The mark and the directory find processes whose parents are gone; the directory also those
-    that have emptied their environment. Nothing else makes a process ours. ``before``:
-    descendants that were there before the test, such as a server that a whole session shares;
-    they stay.
+    that have emptied their environment. Nothing else makes a process ours. ``before``: the pids
+    that were there before the test, such as that of a server that a whole session shares; these
+    processes stay.
 
     Trackers of shared memory and semaphores are given the time to remove what the others left, and
     end then. What a test kills together with its tracker is removed if one of these processes has
@@ -295,7 +293,10 @@ def stop_everything_started(
     """
     began = time.monotonic()
     # More than once, because what is being stopped may be forking.
-    while (ours := _ours(mark, tmp_path, before)) and time.monotonic() < began + 10.0:
+    while found := _ours(mark, tmp_path, before):
+        ours = [process for process in found if is_running(process.pid)]
+        if not ours or time.monotonic() > began + 10.0:
+            break
         _left_behind.update(_shared_memory_of(process.pid for process in ours))
         others = [process for process in ours if not _is_tracker(process.pid)]
         if not others and time.monotonic() < began + 5.0:
@@ -315,29 +316,55 @@ def stop_everything_started(
         with contextlib.suppress(FileNotFoundError):
             os.unlink(_left_behind.pop())
     # What a test forked by itself is not left as a zombie.
-    mine = set(psutil.Process().children()).difference(before)
-    psutil.wait_procs(
-        [child for child in mine if child.pid not in _helpers_of_multiprocessing()], timeout=0
-    )
+    psutil.wait_procs([process for process in found if _is_our_child(process)], timeout=0)
 
 
-def _ours(mark: str, tmp_path: Path, before: Collection[psutil.Process]) -> list[psutil.Process]:
-    me = psutil.Process()
-    found = set(me.children(recursive=True))
+def _ours(mark: str, tmp_path: Path, before: Collection[int]) -> list[psutil.Process]:
+    """What a test has started, zombies included. Done after every test, so it asks the new
+    processes alone, and each of them by as few files as possible.
+    """
+    not_ours = {os.getpid(), *before, *_helpers_of_multiprocessing()}
+    parents: dict[int, int] = {}
+    found = []
     for pid in psutil.pids():
-        if _carries(pid, mark) or _works_in(pid, tmp_path):
+        if pid not in not_ours and (
+            _carries(pid, mark) or _works_in(pid, tmp_path) or _descends_from_us(pid, parents)
+        ):
             with contextlib.suppress(psutil.NoSuchProcess):
-                found.add(psutil.Process(pid))
-    found.difference_update(before)
-    return [
-        process
-        for process in found
-        if process.pid not in (me.pid, *_helpers_of_multiprocessing()) and is_running(process.pid)
-    ]
+                found.append(psutil.Process(pid))
+    return found
+
+
+def _descends_from_us(pid: int, parents: dict[int, int]) -> bool:
+    """``parents`` keeps what was found: new processes have most of their ancestors in common."""
+    while pid > 1:
+        if pid not in parents:
+            parents[pid] = _parent_of(pid)
+        pid = parents[pid]
+        if pid == os.getpid():
+            return True
+    return False
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        if not os.path.exists("/proc/self/stat"):
+            return psutil.Process(pid).ppid()
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as stat:
+            return int(stat.read().rpartition(b")")[2].split()[1])
+    except (OSError, IndexError, psutil.Error):
+        return 0
+
+
+def _is_our_child(process: psutil.Process) -> bool:
+    try:
+        return process.ppid() == os.getpid()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _carries(pid: int, mark: str) -> bool:
-    # Not by psutil, which takes five times as long: this is done after every test.
+    # Not by psutil, which takes five times as long.
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as environ:
             return f"{TEST_MARK}={mark}".encode() in environ.read()
