@@ -20,6 +20,9 @@ _DEVICES = re.compile(r"/dev/(?!shm/)\S+")
 _OPEN_FILES = "/proc/self/fd"
 # A program that led a run keeps the registry open until its end, see `orchard_infra.runs.registry`.
 _REGISTRY = re.compile(r".*/runs(/\w+\.run)?( \(deleted\))?")
+# Timers that pytest-timeout starts before the test begins; and the threads of this package that end
+# soon after an environment: they start no process, and leave nothing.
+_NO_MAKERS = ("pytest_timeout", "orchard-infra-background", "orchard-infra-lock")
 _TORCH_MANAGER = "torch_shm_manager"[:15]  # as much of a name as the kernel keeps
 
 _Storage = tuple[str, int]  # device and address
@@ -75,8 +78,7 @@ class Threads:
         others = [
             thread
             for thread in threading.enumerate()
-            # pytest-timeout starts a timer for each test, before the test begins.
-            if thread.native_id != me and not thread.name.startswith("pytest_timeout")
+            if thread.native_id != me and not thread.name.startswith(_NO_MAKERS)
         ]
         try:
             tasks = {int(task) for task in os.listdir("/proc/self/task")}

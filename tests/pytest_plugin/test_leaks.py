@@ -447,6 +447,24 @@ def test_a_clock_that_a_fixture_has_stopped_hangs_nothing(pytester, run):
     result.stdout.fnmatch_lines(["*left open*", "*ignored SIGTERM, killed*"])
 
 
+def test_a_leak_is_found_also_right_after_an_environment(pytester, run):
+    """Whose background thread is about to end: it was not that one that started the process."""
+    pytester.makepyfile(
+        """
+        import subprocess, threading
+        def test_environment(managed_env): pass
+        def test_leak():
+            for thread in threading.enumerate():
+                if thread.name.startswith("orchard-infra"):
+                    process = subprocess.Popen(["sleep", "600"])
+                    thread.join()
+        """
+    )
+    result = run("--infra-leaks=error")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*test_leak left behind:", "  process *: sleep 600 (stopped)"])
+
+
 @pytest.mark.parametrize("error", ["OSError", "RuntimeError"])
 def test_where_nothing_can_be_seen_nobody_is_judged(pytester, run, error):
     """A fixture that replaces the file system, for several tests, hides what was there before."""
