@@ -330,7 +330,7 @@ def _table(runs: Sequence[Entry]) -> str:
             ("How", run.outcome, f"how {kind}-how"),
             ("Waited", run.waited, "number"),
             ("Ran", run.ran, "number"),
-            ("Who", _who(run), ""),
+            ("Who", _who(run), "who"),
             ("Command", " ".join(record.argv)[:1000], "code"),
             ("Directory", record.cwd, "code"),
             ("Freed and stopped", notes or "-", ""),
@@ -462,7 +462,7 @@ th, td { padding: 7px 12px; border-bottom: 1px solid var(--line); vertical-align
 tbody tr:last-child td { border-bottom: 0; }
 tr:target { background: var(--lane); box-shadow: inset 4px 0 var(--lost); }
 td span { overflow-wrap: anywhere; }
-td.name { font-weight: 600; min-width: 90px; } td.number { white-space: nowrap; }
+td.name { font-weight: 600; min-width: 90px; } td.who { min-width: 120px; } td.number { white-space: nowrap; }
 td.code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace;
   font-size: 12px; min-width: 150px; }
 td.how span { display: inline-block; white-space: nowrap; padding-left: 7px;
