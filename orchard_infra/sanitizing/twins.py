@@ -1,14 +1,15 @@
 """Twins and relatives: what is compared when two processes may run the same thing.
 
 Two processes are twins when everything that decides what they do is the same: the user, the
-program, its arguments, the working directory and the environment that they were started with.
-``SEED=2 python sweep.py`` is no twin of ``SEED=1 python sweep.py``. Whatever cannot be read
-makes no twin.
+program, its arguments, the working directory, the environment that they were started with, and a
+file as the standard input. ``SEED=2 python sweep.py`` is no twin of ``SEED=1 python sweep.py``.
+Whatever cannot be read makes no twin.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ class Look:
     cwd: str | None
     is_relative: bool
     environ: Mapping[str, str] | None = attrs.field(default=None, repr=False)
+    input: tuple[int, int] | None = None  # device and inode, where it is a regular file
     digest: str | None = None
     run_id: str = ""  # the key of the digest
     unsure: str = ""
@@ -49,18 +51,19 @@ class Look:
     @classmethod
     def at(cls, pid: int, argv: Sequence[str]) -> Look | None:
         """A live process; None where it runs no program that others may run, too."""
-        stat = processes.read_stat(pid)
+        found = processes.read_stat(pid)
         typed = parse_command(argv)
-        if stat is None or typed is None:
+        if found is None or typed is None:
             return None
         cwd = processes.read_cwd(pid)
         return cls(
             pid=pid,
-            create_time=stat.create_time,
+            create_time=found.create_time,
             program=resolve(typed, cwd),
             cwd=cwd,
             is_relative=typed.kind == "script" and not os.path.isabs(typed.target),
             environ=processes.read_environ(pid) or None,  # zeros, after a change of the title
+            input=_standard_input(pid),
         )
 
     @classmethod
@@ -126,6 +129,8 @@ class Look:
             return "other arguments"
         if self.cwd != me.cwd:
             return "other working directory"
+        if self.input != me.input:  # sweep.py < seed-1.yaml
+            return "other standard input"
         # It may have changed its directory, too: then "train.py" was another file.
         same_start = (self.environ or {}).get("PWD") == (me.environ or {}).get("PWD")
         if self.is_relative and not self.has_not_moved() and not same_start:
@@ -230,12 +235,23 @@ class Progress:
             return False
         now = time.monotonic()
         before, moved_at = self._seen.get(identity, (-1.0, now))
-        stat = processes.read_stat(identity.pid)
+        found = processes.read_stat(identity.pid)
         # R and D: it would go on if it had the processor, or the disk.
-        if used > before or (stat is not None and stat.state in "RD"):
+        if used > before or (found is not None and found.state in "RD"):
             moved_at = now
         self._seen[identity] = used, moved_at
         return now - moved_at < _IDLE
+
+
+def _standard_input(pid: int) -> tuple[int, int] | None:
+    """The regular file that a process reads as its input. A terminal or a pipe tells nothing: two
+    that were started by ssh or by cron have one each.
+    """
+    try:
+        found = os.stat(f"/proc/{pid}/fd/0")
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def _processor_time(pid: int) -> float | None:

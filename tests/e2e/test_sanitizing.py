@@ -23,6 +23,8 @@ TRAIN = """
 
     plan = json.loads(Path("plan.json").read_text())
     print("planned", flush=True)
+    if "input" in plan:
+        os.dup2(os.open(plan["input"], os.O_RDONLY | os.O_CREAT), 0)
     if plan.get("role") == "ghost":
         if plan.get("stubborn"):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -223,6 +225,18 @@ def test_a_variable_that_only_one_of_them_has_is_enough_to_be_no_twin(tmp_path, 
     report = report_of(train(tmp_path, environ={"SEED": "1"} if one == "mine" else None))
     assert report["spared"][str(other.pid)][0] == "relative"
     assert is_running(other.pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+@pytest.mark.parametrize("mine", ["2.yaml", None])
+def test_a_process_that_reads_another_file_as_its_input_is_no_twin(tmp_path, mine):
+    """``python sweep.py < 1.yaml`` is its own step of a sweep, too."""
+    other = ghost(tmp_path, input="1.yaml")
+    report = report_of(train(tmp_path, **({"input": mine} if mine else {})))
+    assert report["spared"][str(other.pid)] == ["relative", "other standard input"]
+    assert is_running(other.pid)
+    assert str(other.pid) in report_of(train(tmp_path, input="1.yaml"))["stopped"]
+    other.finish()
 
 
 def test_a_twin_from_another_terminal_is_a_twin(tmp_path):
