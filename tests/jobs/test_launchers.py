@@ -17,6 +17,8 @@ from support import Script, require_module, run_command, run_python, wait_gone
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 MPIRUN = ["--allow-run-as-root", "--oversubscribe", "-n", "2"]
 
+SOON = 15.0  # seconds; see test_ranks
+
 PRELUDE = """
 import logging, os, signal, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
@@ -46,6 +48,7 @@ try:
     tell("out")
 except EnvironmentLockedError as error:
     tell(f"refused by pid {error.holder.pid}")
+    wait_for("told")  # torchrun sends SIGTERM to the other rank when this one has failed
     raise
 """
 )
@@ -81,7 +84,7 @@ def test_the_ranks_of_a_launcher_start_and_end_together(
     (tmp_path / "end").touch()
 
     assert job.finish() == 0, job.transcript()
-    assert entered[1] - max(entered[0], at(job, 1, "comes")) < 2.0
+    assert entered[1] - max(entered[0], at(job, 1, "comes")) < SOON
     assert at(job, 0, "out") >= at(job, 1, "leaves")
     assert job.output.count(" acquired") == 1
     assert "no lock: this is rank 1 of a distributed job" in job.output
@@ -99,9 +102,11 @@ def test_a_job_of_a_launcher_that_is_refused_ends_within_seconds(
     job = start(tmp_path, launcher)
 
     refused = [at(job, rank, f"refused by pid {holder.pid}") for rank in (0, 1)]
-    assert abs(refused[1] - refused[0]) < 2.0
+    assert refused[1] - max(refused[0], at(job, 1, "comes")) < SOON
+    (tmp_path / "told").touch()
+    told = time.monotonic()
     assert job.finish() != 0
-    assert time.monotonic() - max(refused) < 10.0
+    assert time.monotonic() - told < SOON
 
 
 # In its first generation rank 0 is killed from outside, in the second one rank 1 raises, the third
@@ -150,17 +155,17 @@ def test_an_elastic_restart_takes_over_its_own_lock_and_stops_what_was_left(tmp_
     os.kill(_parent_of(forks, job, rank=0), signal.SIGKILL)
     for rank in (0, 1):
         at(job, rank, "in 1")
-    wait_gone(forks, 10)
+    wait_gone(forks)
     forks = [int(pid) for pid in re.findall(r"fork (\d+)", job.output)]
     (tmp_path / "raise").touch()
     for rank in (0, 1):
         at(job, rank, "in 2")
 
-    wait_gone(forks, 10)
+    wait_gone(forks)
     (tmp_path / "end").touch()
     assert job.finish() == 0, job.transcript()
     for restart in (1, 2):
-        assert at(job, 0, f"in {restart}") - at(job, 0, f"comes {restart}") < 5.0
+        assert at(job, 0, f"in {restart}") - at(job, 0, f"comes {restart}") < SOON
     assert "rank 0 did not" not in job.output
     assert waiter.finish() == 0, waiter.transcript()
     assert at(waiter, 0, "in") > at(job, 0, "out")

@@ -30,6 +30,10 @@ from orchard_infra.runs.registry import RunRegistry
 from support import Script, is_running, run_python, wait_gone, wait_until, written
 from wrapping import Wrapper
 
+# Seconds until a rank has seen what another one did. On an idle machine that is a fraction of one.
+# The wait that it replaces takes 30 s or more.
+SOON = 15.0
+
 PRELUDE = """
 import logging, os, subprocess, sys, time
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stdout)
@@ -121,7 +125,7 @@ def test_ranks_that_come_before_rank_0_go_on_once_it_has_the_lock(ranks: Ranks) 
     leader = ranks.start(0)
 
     for rank in early:
-        assert 0 <= at(rank, "in") - at(leader, "comes") < 2.0
+        assert 0 <= at(rank, "in") - at(leader, "comes") < SOON
     end(*early, leader)
 
 
@@ -139,9 +143,9 @@ def test_all_ranks_are_refused_with_rank_0_and_its_error_also_one_that_comes_lat
     told = {rank.wait_for("] refused").partition("] ")[2] for rank in (*job, late)}
     assert len(told) == 1
     assert f"refused by {holder.pid} at " in told.pop()
-    moments = [at(rank, "refused") for rank in job]
-    assert max(moments) - moments[1] < 2.0
-    assert at(late, "refused") - at(late, "comes") < 2.0
+    for rank in (*job, late):
+        # One that came after rank 0 had been refused is told when it comes.
+        assert at(rank, "refused") - max(at(job[1], "refused"), at(rank, "comes")) < SOON
     for rank in (*job, late):
         assert "ERROR the lock " in rank.output
 
@@ -154,7 +158,7 @@ def test_the_others_wait_as_long_as_rank_0_waits(ranks: Ranks) -> None:
 
     end(holder)
 
-    assert abs(at(job[1], "in") - at(job[0], "in")) < 2.0
+    assert abs(at(job[1], "in") - at(job[0], "in")) < SOON
     end(*job)
 
 
@@ -178,7 +182,7 @@ def test_when_rank_0_ends_before_it_has_the_lock_the_others_end_and_say_so(
     late = ranks.start(2)
 
     for rank in (job[1], late) if signum != signal.SIGKILL else (job[1],):
-        assert rank.finish(10) == 0, rank.transcript()
+        assert rank.finish() == 0, rank.transcript()
         line = rank.wait_for("failed: rank 0 of this job")
         assert f"(pid {job[0].pid})" in line
         assert why in line
@@ -212,7 +216,7 @@ def test_when_rank_0_fails_before_it_comes_for_the_lock_the_others_end_and_say_s
 
     assert leader.finish() == 1
     assert "ConfigurationError" in leader.error_output
-    assert other.finish(10) == 0, other.transcript()
+    assert other.finish() == 0, other.transcript()
     assert f"rank 0 of this job (pid {leader.pid}) ended before" in other.output
 
 
@@ -247,7 +251,7 @@ ALONE = PRELUDE + "following._ABSENT = following._ELSEWHERE = 0.5\n" + RUN.remov
 def test_a_rank_whose_launcher_never_starts_rank_0_ends_and_says_so(ranks: Ranks) -> None:
     lonely = ranks.start(1, ALONE, LOCAL_RANK="1", TORCHELASTIC_RUN_ID="none")
 
-    assert lonely.finish(10) == 0
+    assert lonely.finish() == 0
     assert "failed: rank 0 of this job was not started within" in lonely.output
 
 
@@ -312,7 +316,10 @@ for trial in range(3):
         wait()
     with enter():
         tell(f"in trial {trial}")
-        time.sleep(0.2 * (RANK == 0))
+        if RANK == 1:
+            open(f"in {trial}", "w").close()
+        while not os.path.exists(f"in {trial}"):  # rank 1 may have been started long after rank 0
+            time.sleep(0.01)
     tell(f"after trial {trial}")
 """
 )
@@ -328,11 +335,10 @@ def test_ranks_go_through_the_environments_of_a_sweep_together(ranks: Ranks) -> 
 
     end(*job)
 
-    for trial in range(3):
-        assert at(job[1], f"in trial {trial}") > at(job[0], f"in trial {trial}") - 0.2
+    for trial in (1, 2):
+        assert at(job[1], f"in trial {trial}") > at(job[0], f"after trial {trial - 1}")
     for rank in job:
         assert "WARNING" not in rank.output
-    assert at(job[0], "after trial 2") - at(job[0], "in trial 1") < 5.0
 
 
 RETRY = (
@@ -433,7 +439,6 @@ def test_rank_0_gives_the_lock_back_last(ranks: Ranks) -> None:
     job[1].tell()
 
     assert at(job[0], "out") >= at(job[1], "leaves")
-    assert at(job[0], "out") - at(job[1], "leaves") < 2.0
     assert "WARNING" not in job[0].output
 
 
@@ -479,9 +484,8 @@ def test_a_rank_that_has_left_and_goes_on_does_not_keep_rank_0(
     )
 
     job[0].tell()
-    leaves = at(job[1], "out")
 
-    assert at(job[0], "out") - leaves < 5.0
+    job[0].wait_for("] out")
     assert "WARNING" not in job[0].output
     assert job[0].finish() == 0
     end(job[1])
@@ -953,10 +957,9 @@ def test_what_an_earlier_start_of_the_job_left_is_stopped_and_its_lock_taken_at_
 
     second = [ranks.start(rank, LEAVES_A_FORK) for rank in (0, 1)]
 
-    wait_gone(left, 10)
+    wait_gone(left)
     for rank in second:
         rank.wait_for("] in")
-    assert at(second[0], "in") - at(second[0], "comes") < 5.0
     end(*reversed(second))
 
 
