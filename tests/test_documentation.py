@@ -22,6 +22,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -118,7 +119,12 @@ def test_the_readme_shows_python_that_can_be_run() -> None:
     assert [block for block in _in("python") if block.page == "README.md"]
 
 
-@pytest.mark.parametrize("block", _in("python"), ids=str)
+def _slow_where_a_framework_is_loaded(block: Block) -> Any:
+    is_slow = block.page.startswith("docs/frameworks/")
+    return pytest.param(block, marks=pytest.mark.slow if is_slow else (), id=str(block))
+
+
+@pytest.mark.parametrize("block", [*map(_slow_where_a_framework_is_loaded, _in("python"))])
 def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
     source = f"{block.before}\n{block.body}"
     _skip_unless_importable(source)

@@ -264,7 +264,7 @@ def test_workers_of_every_start_method_are_stopped_and_their_helpers_end(tmp_pat
     run.finish()
     after = run_python(tmp_path, tmp_path / "script.py")
     after.wait_for("in")
-    wait_gone(below, timeout=1.0)
+    wait_gone(below)
     assert after.finish() == 0, after.transcript()
     assert len(after.wait_for("stopped").split()) > 2
     assert not list((Path(os.environ["ORCHARD_INFRA_DIR"]) / "runs").glob("*.run"))
