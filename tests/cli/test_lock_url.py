@@ -20,7 +20,7 @@ from orchard_infra.locks.base import Held, LockKey
 from orchard_infra.locks.urls import URL_VARIABLE, lock_from_url
 from orchard_infra.runs.record import RunRecord, describe_this_run
 from servers import PostgresServer, RedisServer
-from support import Script, is_running, run_command, wait_gone, wait_until
+from support import Script, is_running, run_command, run_python, wait_gone, wait_until
 from wrapping import COMMAND, Wrapper, child_of
 
 PASSWORD = "pa%2Fss:w0rd"
@@ -184,7 +184,7 @@ def test_when_the_wrapper_is_killed_the_command_is_asked_to_stop_and_holds_the_l
     (wrapper.tmp_path / "go on").touch()
     wait_until(lambda: "saved" in script.output, what=script.transcript)
     wait_gone([int(trainer)])
-    wait_until(lambda: "was killed, and its lock" in script.error_output, what=script.transcript)
+    wait_until(lambda: "is gone, and its lock" in script.error_output, what=script.transcript)
     if url.startswith("postgresql"):  # one on Redis frees itself when its time is over
         wait_until(lambda: holder_now(url) is None)
         assert wrapper.run("--lock-url", url, "--", "true").returncode == 0
@@ -225,6 +225,49 @@ def test_without_a_server_a_command_outlives_its_wrapper_and_keeps_the_lock(
     assert is_running(command.pid)
     script.tell()
     wait_gone([command.pid])
+
+
+# `orchard-infra run`, with a fault: what looks for the witness is what the wrapper does by itself.
+FAILS_WHILE_THE_COMMAND_RUNS = """
+    import errno, os, sys, time
+    from orchard_infra.cli import main
+    from orchard_infra.cli.run.supervisor import Supervisor
+    def fail(self):
+        while not os.path.exists("running"):
+            time.sleep(0.005)
+        raise OSError(errno.EMFILE, "too many open files")
+    Supervisor._start_witness = fail
+    sys.argv = ["orchard-infra", "run", "-p", "digits", *sys.argv[1:]]
+    main()
+"""
+RUNS = ("sh", "-c", "echo ready $$; touch running; read line")
+
+
+def test_a_wrapper_that_fails_leaves_the_command_to_its_guardian(url: str, tmp_path: Path) -> None:
+    words = ("--lock-url", url, "--report", "report.json", "--", *RUNS)
+    script = run_python(tmp_path, FAILS_WHILE_THE_COMMAND_RUNS, *words)
+    command = int(script.wait_for("ready").split()[1])
+    assert script.finish() == 125, script.transcript()
+    wait_gone([command])
+    wait_until(lambda: "is gone, and its lock" in script.error_output, what=script.transcript)
+    assert "is stopped, for its lock ends with it: " in script.error_output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["outcome"] == "failed"
+    assert report["exit_status"] == 125
+
+
+def test_without_a_server_a_wrapper_that_fails_leaves_the_lock_to_the_command(
+    wrapper: Wrapper, tmp_path: Path
+) -> None:
+    script = run_python(tmp_path, FAILS_WHILE_THE_COMMAND_RUNS, "--", *RUNS)
+    command = int(script.wait_for("ready").split()[1])
+    assert script.finish() == 125, script.transcript()
+    assert "goes on without it: " in script.error_output
+    assert wrapper.run("true").returncode == 75
+    assert is_running(command)
+    script.tell()
+    wait_gone([command])
+    assert wrapper.run("true").returncode == 0
 
 
 def test_nothing_of_the_guard_is_left_at_the_end_and_background_work_may_go_on(

@@ -51,6 +51,25 @@ def test_a_signal_to_the_wrapper_is_passed_on(wrapper: Wrapper, name: str) -> No
     assert set(heard(script)) == {f"SIG{name}", "SIGUSR2"}
 
 
+def test_a_signal_that_the_command_may_not_be_sent_does_not_end_the_wrapper(tmp_path: Path) -> None:
+    """A command such as sudo is a process of another user."""
+    source = """
+        import os, sys
+        from orchard_infra.cli import main
+        def refuse(pid, signum):
+            raise PermissionError(1, "Operation not permitted")
+        os.kill = refuse
+        sys.argv = ["orchard-infra", "run", "-p", "digits", "--", *sys.argv[1:]]
+        main()
+    """
+    script = run_python(tmp_path, source, "sh", "-c", "echo ready; read line; exit 3")
+    script.wait_for("ready")
+    script.send_signal(signal.SIGUSR1)
+    wait_until(lambda: "cannot be passed on" in script.error_output, what=script.transcript)
+    script.tell()
+    assert script.finish() == 3, script.transcript()
+
+
 @pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
 def test_a_signal_to_the_whole_group_comes_once(wrapper: Wrapper, name: str) -> None:
     script = listen(wrapper, name, start_new_session=True)

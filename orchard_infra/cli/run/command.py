@@ -2,13 +2,13 @@
 
 The exit status is that of the command, 128 + n when signal n ended it, and else
 
-===  =========================================================================
+===  ==============================================================================
   2  the command line is wrong
  75  another run has the project (EX_TEMPFAIL of sysexits.h; ``--locked-exit``)
-125  the lock cannot be used, or the environment otherwise not be set up
+125  the lock cannot be used, the environment not be set up, or the wrapper failed
 126  the command was found, and cannot be executed
 127  the command was not found
-===  =========================================================================
+===  ==============================================================================
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stops the command when the wrapper is killed, and its lock is on a server.
+"""What stops the command when the wrapper is killed or fails, and its lock is on a server.
 
 The command inherits the descriptor of a lock file, and so keeps the lock. Nobody renews a lock on a
 server once the wrapper is gone: another host could start while the command still writes. The
@@ -103,6 +103,6 @@ def stop(run_id: str, grace: float) -> None:
         from orchard_infra.cli.run.protected import tell
 
         tell(
-            f"the wrapper of project {run.record.project} (pid {run.record.pid}) was killed, and "
-            f"its lock on a server ends with it: {stopped} of its processes were stopped"
+            f"the wrapper of project {run.record.project} (pid {run.record.pid}) is gone, and its "
+            f"lock on a server ends with it: {stopped} of its processes were stopped"
         )

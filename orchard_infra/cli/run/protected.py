@@ -104,6 +104,7 @@ class ProtectedCommand:
         locker = self._locker()
         session = self._session(locker)
         guardian = None
+        is_abandoned = False
         with interruptible():
             try:
                 with _shown(session):
@@ -118,12 +119,21 @@ class ProtectedCommand:
                 status = self._supervise(supervisor, session)
                 self.report["lock_lost"] = env.lock_lost
                 return status
+            except BaseException as error:
+                if supervisor.pid == 0:
+                    raise
+                # The command may be running, and nobody looks after it any more. It is as if we
+                # were killed: it has the lock file, and the guardian stops it where there is one.
+                is_abandoned = True
+                self._conclude("failed", _why_abandoned(error, supervisor.name, guardian))
+                return CANNOT_SET_UP
             finally:
-                if guardian is not None:
-                    guardian.dismiss()
-                # What fails there was logged, and so told.
-                with contextlib.suppress(ReleaseError):
-                    session.close()
+                if not is_abandoned:
+                    if guardian is not None:
+                        guardian.dismiss()
+                    # What fails there was logged, and so told.
+                    with contextlib.suppress(ReleaseError):
+                        session.close()
 
     def _locker(self) -> Lock:
         """The file, and the lock on the server where there is one: a run on this host that does not
@@ -252,6 +262,11 @@ def _shown(session: Session) -> Iterator[None]:
         yield
     finally:
         handler.stop_waiting()
+
+
+def _why_abandoned(error: BaseException, command: str, guardian: Guardian | None) -> str:
+    becomes = "goes on without it" if guardian is None else "is stopped, for its lock ends with it"
+    return f"the wrapper failed, and what lives of {command} {becomes}: {error!r}"
 
 
 def _start_guardian(locker: Lock | None, run_id: str, grace: float) -> Guardian:

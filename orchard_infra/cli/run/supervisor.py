@@ -300,8 +300,12 @@ class Supervisor:
             self._note(signum, to_group=True)
             self._renew_witness()
         elif signum != signal.SIGCONT or (self._is_stopped() and not self._is_to_stop()):
-            os.kill(self.pid, signum)  # not reaped yet, so this pid is its own
-            self._note(signum, to_group=False)
+            try:
+                os.kill(self.pid, signum)  # not reaped yet, so this pid is its own
+            except PermissionError:  # a command such as sudo is another user's process
+                self.tell(f"signal {signum} cannot be passed on: {self.name} is another user's")
+            else:
+                self._note(signum, to_group=False)
 
     def _note(self, signum: int, *, to_group: bool) -> None:
         if signum not in _STOP_SIGNALS:
