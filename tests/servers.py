@@ -248,11 +248,17 @@ class _Server(ABC):
 
     def pause(self) -> None:
         """Stop all its processes in their tracks: connections stay, nobody is answered."""
-        # The server's own first: it makes no more children then.
-        for pid in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: all(_is_stopped(pid) for pid in self.processes))
+
+        def all_are_stopped() -> bool:
+            # The server's own first: it makes no more children then. It may have made one since
+            # its processes were listed, so this is asked until all are stopped.
+            going = [pid for pid in self.processes if not _is_stopped(pid)]
+            for pid in going:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            return not going
+
+        wait_until(all_are_stopped)
 
     def resume(self) -> None:
         for pid in self.processes:
