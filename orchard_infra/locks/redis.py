@@ -148,10 +148,11 @@ class RedisLock:
         return min(_PATIENCE, self.ttl / 6)
 
     def _server(self) -> Server:
-        """A connection, not made yet.
+        """A connection.
 
         Raises:
             ConfigurationError: redis-py is not installed, or the URL is not understood.
+            InfrastructureError: The server cannot be reached, or refuses.
         """
         url = find_url(self.url)
         scheme = url.partition(":")[0].lower()
@@ -167,7 +168,13 @@ class RedisLock:
             )
         from orchard_infra.locks.redis_server import Server
 
-        return Server(url, self.patience)
+        server = Server(url, self.patience)
+        try:
+            server.connect()
+        except BaseException:
+            server.close()
+            raise
+        return server
 
 
 @attrs.define(eq=False)
@@ -181,6 +188,7 @@ class RedisConnection:
     lock: RedisLock
     _server: Server | None = attrs.field(default=None, init=False)
     _has_answered: bool = attrs.field(default=False, init=False)
+    _is_suitable: bool = attrs.field(default=False, init=False)  # as far as it says
     _try: FencedLock | None = attrs.field(default=None, init=False)
     _for: tuple[str, str] | None = attrs.field(default=None, init=False)  # what _try is about
     _may_be_granted: bool = attrs.field(default=False, init=False)  # nobody knows: a reply is lost
@@ -204,7 +212,7 @@ class RedisConnection:
                     attempt = self._attempt(server, key, record)
                     before = _now()
                     self._may_be_granted = True
-                    is_ours = attempt.take()
+                    is_ours = self._take(server, attempt)
             except InfrastructureError as error:
                 if self._has_answered and _may_pass(error):
                     return Held(reason=str(error))
@@ -228,7 +236,10 @@ class RedisConnection:
         """See `SharedLock.holder_now`."""
         with uninterrupted(), interruptible():
             try:
-                found = self._open().look(self.lock.name_of(key))
+                server = self._open()
+                if not self._is_suitable:
+                    self._check(server)
+                found = server.look(self.lock.name_of(key))
             except InfrastructureError as error:
                 if not _may_pass(error):
                     raise
@@ -256,13 +267,33 @@ class RedisConnection:
     def _open(self) -> Server:
         if self._server is None:
             self._server = self.lock._server()
-        if not self._has_answered:
-            warning = self._server.check()
             self._has_answered = True
-            if warning is not None and warning not in _warned:
-                _warned.add(warning)
-                _logger.warning("%s", warning)
         return self._server
+
+    def _take(self, server: Server, attempt: FencedLock) -> bool:
+        """Try once. The first answer also says whether the server is suitable: a question of its
+        own would cost as much as the try.
+        """
+        from orchard_infra.locks.redis_server import Unreachable
+
+        attempt.looks = not self._is_suitable
+        try:
+            is_ours = attempt.take()
+        except Unreachable:
+            raise
+        except InfrastructureError:
+            if not self._is_suitable:
+                self._check(server)  # it says better what is wrong
+            raise
+        if attempt.looks:
+            self._is_suitable = True
+            _warn_once(server.warning(attempt.policy))
+        return is_ours
+
+    def _check(self, server: Server) -> None:
+        warning = server.check()
+        self._is_suitable = True
+        _warn_once(warning)
 
     def _attempt(self, server: Server, key: LockKey, record: RunRecord) -> FencedLock:
         """The same one, with the same token, for all tries of one run."""
@@ -436,6 +467,12 @@ class RedisLease:
             f"in {left:.1f} s: {why}",
             lock_path=self.name,
         )
+
+
+def _warn_once(warning: str | None) -> None:
+    if warning is not None and warning not in _warned:
+        _warned.add(warning)
+        _logger.warning("%s", warning)
 
 
 def _may_pass(error: InfrastructureError) -> bool:

@@ -46,21 +46,29 @@ _KEPT = 30 * 86_400  # seconds that a fence is kept after its lock was last held
 # A fence that expired, or was lost, is no harm as long as the server's clock goes forward: none is
 # below the time of day in milliseconds, and nobody is granted a thousand locks a second.
 _ACQUIRE = """
-local token, ttl, record, guard, kept = unpack(ARGV)
+local token, ttl, record, guard, kept, looks = unpack(ARGV)
+local policy = ''
+if looks == '1' then  -- as `Server.check` does. Who may not ask for INFO sees nothing
+    local replication, memory = redis.pcall('INFO', 'replication'), redis.pcall('INFO', 'memory')
+    if type(replication) == 'string' and string.find(replication, 'role:slave', 1, true) then
+        return {3, '', ''}
+    end
+    policy = type(memory) == 'string' and string.match(memory, 'maxmemory_policy:([%w-]+)') or ''
+end
 local owner = redis.call('GET', KEYS[1])
 local fence = redis.call('GET', KEYS[3])
 if owner and owner ~= token then
-    return {0, redis.call('GET', KEYS[2]) or ''}
+    return {0, redis.call('GET', KEYS[2]) or '', policy}
 end
 if owner and fence then  -- granted before: the reply was lost
     redis.call('SET', KEYS[1], token, 'PX', ttl)
     redis.call('SET', KEYS[2], record, 'PX', ttl)
-    return {1, fence}
+    return {1, fence, policy}
 end
 if tonumber(guard) > 0 then
     local up = string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)')
     if up and tonumber(up) < tonumber(guard) then
-        return {2, tostring(guard - up)}
+        return {2, tostring(guard - up), policy}
     end
 end
 local time = redis.call('TIME')
@@ -73,7 +81,7 @@ fence = string.format('%.0f', math.max(now, last + 1))
 redis.call('SET', KEYS[1], token, 'PX', ttl)
 redis.call('SET', KEYS[2], record, 'PX', ttl)
 redis.call('SET', KEYS[3], fence, 'EX', kept)
-return {1, fence}
+return {1, fence, policy}
 """
 
 _RENEW = """
@@ -114,6 +122,10 @@ return 1
 
 class Unavailable(InfrastructureError):
     """The server cannot be asked just now: it does not answer, it loads its data ..."""
+
+
+class Unreachable(Unavailable):
+    """There is no connection, or no answer came."""
 
 
 @attrs.frozen
@@ -173,6 +185,27 @@ class Server:
             raise Unavailable(f"the connection to {shown(self.url)} was closed")
         return self._client
 
+    def connect(self) -> None:
+        """Connect now. It fails before the server was asked to do anything.
+
+        Raises:
+            ConfigurationError: The URL has an option that redis-py does not take.
+            InfrastructureError: The same as `ask`.
+        """
+        client: Any = self.client
+        pool, wrong = client.connection_pool, None
+        try:
+            self.ask(lambda: client.client().close())  # takes a connection, and puts it back
+        except (TypeError, ValueError, InfrastructureError):
+            try:
+                pool.connection_class(**pool.connection_kwargs)
+            except (TypeError, ValueError, redis.RedisError) as error:
+                wrong = _wrong_option(error, self.url)
+            if wrong is None:
+                raise
+        if wrong is not None:
+            raise wrong
+
     def close(self) -> None:
         client, self._client = self._client, None
         if client is not None and os.getpid() == self._pid:
@@ -228,13 +261,16 @@ class Server:
                 f"{where} is a read-only replica of {info.get('master_host')}:"
                 f"{info.get('master_port')}: the lock's URL should name the primary"
             )
-        policy = str(info.get("maxmemory_policy", "noeviction"))
-        if policy != "noeviction":
-            return (
-                f"{where} may drop locks when its memory is full: maxmemory-policy is {policy}, "
-                "and should be noeviction"
-            )
-        return None
+        return self.warning(str(info.get("maxmemory_policy", "")))
+
+    def warning(self, policy: str) -> str | None:
+        """What people should know about a server with this maxmemory-policy; empty: unknown."""
+        if policy in ("", "noeviction"):
+            return None
+        return (
+            f"{shown(self.url)} may drop locks when its memory is full: maxmemory-policy is "
+            f"{policy}, and should be noeviction"
+        )
 
     def look(self, name: str) -> tuple[bytes, bytes] | None:
         """The record of who has a lock now, and its fence; None where it is free."""
@@ -259,7 +295,8 @@ class Server:
 class FencedLock(redis.lock.Lock):
     """redis-py's Lock on a server that may lose its data, or its replies.
 
-    ``fence`` is that of the grant; ``taken`` says why there was none.
+    ``fence`` is that of the grant; ``taken`` says why there was none. While ``looks`` is set, a try
+    also looks whether the server can carry locks, and notes its ``policy`` for a full memory.
     """
 
     def __init__(
@@ -275,6 +312,8 @@ class FencedLock(redis.lock.Lock):
         self.guard = math.ceil(ttl) + 1 if guard else 0
         self.fence = 0
         self.taken = Taken()
+        self.looks = False
+        self.policy = ""
         self.renewed = Renewed(True)
 
     def register_scripts(self) -> None:
@@ -302,12 +341,15 @@ class FencedLock(redis.lock.Lock):
 
     def do_acquire(self, token: Any) -> bool:
         milliseconds = round(1000 * float(self.timeout or 0))
-        state, answer = _run(
+        state, answer, policy = _run(
             self.redis,
             _ACQUIRE,
             self.keys,
-            *(token, milliseconds, self.record, self.guard, _KEPT),
+            *(token, milliseconds, self.record, self.guard, _KEPT, int(self.looks)),
         )
+        self.policy = policy.decode(errors="replace")
+        if state == 3:
+            raise exceptions.ReadOnlyError("it is a replica")
         if state == 1:
             self.fence = int(answer)
             return True
@@ -380,14 +422,18 @@ def _client(url: str, seconds: float) -> redis.Redis:
     wrong = None
     try:
         pool = redis.ConnectionPool(**options)
-        pool.connection_class(**pool.connection_kwargs)  # it connects when it is first used
     except (TypeError, ValueError, redis.RedisError) as error:
-        wrong = _said(error, url)
+        wrong = _wrong_option(error, url)
     if wrong is not None:
-        raise ConfigurationError(
-            f"the lock's URL {shown(url)} has an option that redis-py does not take: {wrong}"
-        )
+        raise wrong
     return redis.Redis(connection_pool=pool)
+
+
+def _wrong_option(error: Exception, url: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the lock's URL {shown(url)} has an option that redis-py does not take: "
+        f"{_said(error, url)}"
+    )
 
 
 class NoPermission(InfrastructureError):
@@ -423,9 +469,9 @@ def _explain(error: Exception, url: str) -> InfrastructureError:
             f"{where} is a read-only replica: the lock's URL should name the primary"
         )
     if isinstance(error, exceptions.TimeoutError):
-        return Unavailable(f"{where} does not answer: {said}")
+        return Unreachable(f"{where} does not answer: {said}")
     if isinstance(error, (exceptions.ConnectionError, OSError)):
-        return Unavailable(f"cannot reach {where}: {said}")
+        return Unreachable(f"cannot reach {where}: {said}")
     if code in _CLUSTER or isinstance(error, exceptions.ClusterError):
         return InfrastructureError(
             f"{where} is a node of a Redis Cluster, where the lock may be on another one: {said}. "

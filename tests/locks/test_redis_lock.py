@@ -345,6 +345,33 @@ def test_a_replica_an_old_server_and_one_that_loads_are_refused(redis_server, ke
         assert_refuses(RedisLock(replica.url), key, "read-only replica")
 
 
+def test_a_replica_that_takes_writes_is_refused_by_the_try_itself(redis_server, key):
+    with redis_server.replica() as replica:
+        replica.execute("CONFIG", "SET", "replica-read-only", "no")
+        assert_refuses(RedisLock(replica.url, guard=False), key, "read-only replica of 127.0.0.1")
+        assert not keys_in(replica, key)
+
+
+def test_taking_and_giving_back_are_one_question_each(lock, key, monkeypatch):
+    import redis
+
+    take(lock, key).release()  # the server knows the scripts now
+    asked: list[str] = []
+    ask = redis.Redis.execute_command
+
+    def noting(self: redis.Redis, *words: Any, **options: Any) -> Any:
+        asked.append(words[0])
+        return ask(self, *words, **options)
+
+    monkeypatch.setattr(redis.Redis, "execute_command", noting)
+    lease = take(lock, key)
+    assert asked == ["EVALSHA"]
+    assert isinstance(lock.try_acquire(key, describe_this_run(key.project)), Held)
+    assert asked == ["EVALSHA"] * 2
+    lease.release()
+    assert asked == ["EVALSHA"] * 3
+
+
 def test_a_server_that_may_evict_locks_is_named_once(key, caplog):
     with RedisServer(settings=["maxmemory-policy allkeys-lru"]) as server:
         lock = RedisLock(server.url, guard=False)
@@ -359,7 +386,7 @@ def test_a_grant_whose_reply_was_lost_is_taken_up_by_the_next_try(redis_server, 
     with Proxy(redis_server.port) as proxy, attrs.evolve(lock, url=proxy.url).connect() as cable:
         record = describe_this_run(key.project)
         assert cable.holder_now(key) is None
-        proxy.swallow = b"*2"
+        proxy.swallow = b"*3"
         outcome = cable.try_acquire(key, record)
         assert isinstance(outcome, Held)
         assert "cannot reach" in outcome.reason
@@ -373,7 +400,7 @@ def test_a_grant_whose_reply_was_lost_is_taken_up_by_the_next_try(redis_server, 
 
 def test_a_waiter_that_gives_up_after_a_lost_reply_leaves_nothing(redis_server, lock, key):
     with Proxy(redis_server.port) as proxy:
-        proxy.swallow = b"*2"
+        proxy.swallow = b"*3"
         with pytest.raises(EnvironmentLockedError, match="cannot be taken now"):
             acquire(attrs.evolve(lock, url=proxy.url), key, describe_this_run(key.project))
         assert proxy.lost >= 1
