@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     from hosts import Host
 
-_PATIENCE = 60.0  # seconds for a server to answer, or to end
+_PATIENCE = 120.0  # seconds for a server to answer, or to end
 # Below the ports that the kernel gives to outgoing connections: a restarted server finds its own
 # port free again.
 _PORTS = (10_000, 30_000)

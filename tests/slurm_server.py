@@ -37,7 +37,7 @@ GRACE = 3  # seconds that the partition "patient" gives a job that is preempted
 
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _ISOLATED = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-_PATIENCE = 30.0  # seconds for a daemon to answer, or to end
+_PATIENCE = 120.0  # seconds for a daemon to answer, or to end
 # See "JOB STATE CODES" in squeue(1).
 _OVER = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",

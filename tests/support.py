@@ -63,7 +63,7 @@ UNDER_ANOTHER_HOST_NAME = (
 )
 
 # Generous: the machine may be busy with everybody else's tests.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 # Set for each test by the conftest and inherited by whatever is started, so that a process whose
 # parents are gone can still be told to be ours.

@@ -517,9 +517,9 @@ def test_a_list_of_any_size_costs_neither_time_nor_memory(tmp_path):
     path = tmp_path / "abc.members"
     path.write_bytes(b"7 1.5 inside\n")
     os.truncate(path, 2 * 2**30)
-    began = time.monotonic()
+    began = time.process_time()
     assert read_members(str(path)).processes == {ProcessIdentity(7, 1.5)}
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("plant", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])

@@ -64,7 +64,7 @@ def test_a_pool_whose_lock_has_died_with_a_worker_does_not_hang_the_program(
     tmp_path, method, how, allowed, status
 ):
     script = run_python(tmp_path, PROGRAM, method, how, allowed)
-    assert script.finish(30) == status, script.transcript()
+    assert script.finish() == status, script.transcript()
 
 
 def test_an_idle_pool_that_still_has_its_lock_is_ended_by_python_alone(tmp_path):
@@ -131,7 +131,7 @@ def test_workers_that_die_in_the_middle_of_a_task_do_not_hang_the_program(tmp_pa
         signal.raise_signal(signal.SIGTERM)
     """,
     )
-    assert script.finish(30) == 128 + signal.SIGTERM, script.transcript()
+    assert script.finish() == 128 + signal.SIGTERM, script.transcript()
 
 
 def test_workers_that_die_in_the_middle_of_a_result_do_not_hang_the_program(tmp_path):
@@ -146,7 +146,7 @@ def test_workers_that_die_in_the_middle_of_a_result_do_not_hang_the_program(tmp_
         signal.raise_signal(signal.SIGTERM)
     """,
     )
-    assert script.finish(30) == 128 + signal.SIGTERM, script.transcript()
+    assert script.finish() == 128 + signal.SIGTERM, script.transcript()
 
 
 def test_the_lock_of_a_worker_that_lives_is_not_taken_away_from_it(tmp_path):
@@ -172,7 +172,7 @@ def test_the_lock_of_a_worker_that_lives_is_not_taken_away_from_it(tmp_path):
         signal.raise_signal(signal.SIGTERM)
     """,
     )
-    assert script.finish(30) == 128 + signal.SIGTERM, script.transcript()
+    assert script.finish() == 128 + signal.SIGTERM, script.transcript()
     assert script.output == "False\n"
 
 
@@ -205,6 +205,6 @@ def test_a_pool_of_threads_is_left_alone(tmp_path):
             pool.terminate()
         """,
     )
-    assert script.finish(30) == 0, script.transcript()
+    assert script.finish() == 0, script.transcript()
     assert script.output == "True\n"
     assert script.error_output == ""

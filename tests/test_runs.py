@@ -989,14 +989,14 @@ def test_a_file_that_is_no_record_is_passed_over(registry, content):
     good = registry.register(describe_this_run("digits"))
     path = registry.directory / "abc.run"
     path.write_bytes(content)
-    began = time.monotonic()
+    began = time.process_time()
     assert [run.record for run in registry.runs()] == [good.record]
     assert registry.find("abc") is None
     with pytest.raises(ValueError, match=r"."):
         from_json(content)
     with open(path, "rb") as file:
         assert read_record(file.fileno()) is None
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert path.read_bytes() == content
     good.close()
 
@@ -1008,9 +1008,9 @@ def test_a_huge_file_costs_neither_time_nor_memory(registry):
         path.write_bytes(start_of_file)
         os.truncate(path, 2 * 2**30)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.monotonic()
+    began = time.process_time()
     assert [run.record for run in registry.runs()] == [good.record]
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
     good.close()
 

@@ -143,14 +143,14 @@ def test_shielded_workers_outlive_a_signal_to_the_group_and_nothing_else(
     # The DataLoader's shutdown, terminate() and the end of a pool do what they always did.
     run.tell("end")
     left = told(run, "left")
-    wait_gone(set(workers) - set(left), 10)
+    wait_gone(set(workers) - set(left))
     still_there = set(filter(is_running, workers))
     assert still_there
     assert still_there >= set(left)
     assert run.poll() is None
 
     run.kill()
-    wait_gone(workers, 10)
+    wait_gone(workers)
 
 
 # Holds the GIL for ever, as a deadlock in a library does.
@@ -190,7 +190,7 @@ def test_a_worker_that_never_comes_back_to_python_ends_like_any_other(
     assert is_running(workers[1])
 
     run.kill_group()
-    wait_gone(workers, 10)
+    wait_gone(workers)
 
 
 STARTED_BY_A_THREAD = (
@@ -240,7 +240,7 @@ def test_a_worker_lives_on_when_the_thread_that_started_it_ends_and_not_after_th
         assert told(run, "worked", number) == [True]
 
     run.kill()
-    wait_gone(workers, 10)
+    wait_gone(workers)
 
 
 TERMINAL = (
@@ -320,7 +320,7 @@ def test_the_fork_server_is_shielded_and_its_other_workers_are_not(tmp_path: Pat
     assert "fork server" not in run.error_output
 
     run.kill_group()
-    wait_gone([server, worker, plain], 10)
+    wait_gone([server, worker, plain])
 
 
 def test_a_fork_server_that_is_too_old_to_be_shielded_is_told_of(tmp_path: Path) -> None:

