@@ -6,7 +6,7 @@ ever. So those that still live a grace period after the exit has begun are kille
 
 The background thread does that, and it must be there before: Python 3.12 starts no thread once
 the exit has begun, and the main thread is the one that waits. It also frees a pool whose lock has
-died with a worker, which kills nobody and needs no permission.
+died with a worker, whether it ends now or then: that kills nobody and needs no permission.
 """
 
 from __future__ import annotations
@@ -62,8 +62,9 @@ class _Watch:
         """Called by the background thread."""
         global _watch
         children = _daemonic_children()
+        is_needed = self.stuck_pool.look() or pool_locks.has_pools() or self.exit_began is not None
         with uninterrupted(), _lock:
-            if not children and not pool_locks.has_pools() and self.exit_began is None:
+            if not children and not is_needed:
                 if _watch is self:
                     _watch = None
                 self.finalizer.cancel()
@@ -72,7 +73,6 @@ class _Watch:
         self._plan()
         if self.exit_began is None:
             return
-        self.stuck_pool.look()
         if self.grace is not None and time.monotonic() >= self.exit_began + self.grace:
             pids = {child.pid for child in children}
             self.stop_processes(children, grace=0.0, spare=lambda pid: pid not in pids)

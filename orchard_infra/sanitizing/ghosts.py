@@ -55,7 +55,7 @@ from orchard_infra.sanitizing import exiting
 from orchard_infra.sanitizing.helpers import is_forkserver, is_tracker
 from orchard_infra.sanitizing.leftovers import Block
 from orchard_infra.sanitizing.twins import Look, Progress, Scan
-from orchard_infra.system import processes
+from orchard_infra.system import pool_locks, processes
 from orchard_infra.system.masking import interruptible
 from orchard_infra.system.processes import ProcessIdentity
 
@@ -431,6 +431,8 @@ class GhostSanitizer:
                 spared.update((finding.identity, finding) for finding in others)
                 news = {pid for pid in children - ended if not processes.is_running(pid)}
                 if ghosts or not news:
+                    if reason_not_to_kill is None and not self.dry_run:
+                        pool_locks.end_pools({ghost.pid for ghost in ghosts})
                     return ghosts
                 ended.update(news)
 

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -105,9 +105,29 @@ def _is_joining() -> bool:
 
 def has_pools() -> bool:
     """Whether this process has a `multiprocessing.Pool` that was not closed."""
-    pool, util = sys.modules.get("multiprocessing.pool"), sys.modules.get("multiprocessing.util")
-    if pool is None or util is None:
-        return False
-    end = pool.Pool._terminate_pool.__func__
-    finalizers = tuple(util._finalizer_registry.values())
-    return any(getattr(one._callback, "__func__", None) is end for one in finalizers)
+    return any(True for _ in _pools())
+
+
+def _pools() -> Iterator[Any]:
+    module, util = sys.modules.get("multiprocessing.pool"), sys.modules.get("multiprocessing.util")
+    if module is None or util is None:
+        return
+    end = module.Pool._terminate_pool.__func__
+    for one in tuple(util._finalizer_registry.values()):
+        if getattr(one._callback, "__func__", None) is end and (pool := one._weakref()) is not None:
+            yield pool
+
+
+def end_pools(pids: Container[int]) -> None:
+    """Mark the pools, all of whose workers are about to be stopped, as terminated.
+
+    Such a pool would make new workers, and what is asked of it later would wait without a limit:
+    the lock of its queue dies with a worker. Its own thread sees the mark when the first one ends.
+    """
+    for pool in _pools():
+        try:
+            workers = [worker.pid for worker in tuple(pool._pool)]
+            if workers and all(pid in pids for pid in workers):
+                pool._state = pool._worker_handler._state = "TERMINATE"
+        except (AttributeError, ValueError):  # another Python, or a pool of threads
+            continue

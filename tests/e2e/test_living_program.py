@@ -121,7 +121,7 @@ def test_a_pool_that_nobody_closes_does_not_hang_the_exit(tmp_path, method):
         """,
         method,
     )
-    assert script.finish(30) == 0, script.transcript()
+    assert script.finish() == 0, script.transcript()
     assert "after [2]" in script.output
     assert "Traceback" not in script.error_output
 
@@ -306,7 +306,7 @@ def test_a_daemonic_child_that_ignores_sigterm_does_not_hang_the_exit(tmp_path, 
         env={"SANITIZER": '{"grace": 0.3}'},
     )
     [child] = pids_of(script, "child")
-    assert script.finish(30) == 0, script.transcript()
+    assert script.finish() == 0, script.transcript()
     wait_gone([child])
 
 
@@ -328,19 +328,19 @@ def test_a_pool_of_which_a_worker_ignores_sigterm_does_not_hang_the_exit(tmp_pat
     )
     script.wait_for("deaf")
     script.tell()
-    assert script.finish(30) == 0, script.transcript()
+    assert script.finish() == 0, script.transcript()
 
 
 def test_a_child_is_killed_at_the_exit_only(tmp_path):
     """While the program lives it may use its workers, for longer than any grace period."""
     script = program(tmp_path, STUBBORN, "deaf", "fork", "1.5", SANITIZER='{"grace": 0.1}')
-    assert script.finish(30) == 0, script.transcript()
+    assert script.finish() == 0, script.transcript()
     assert "lives True" in script.output
 
 
 def test_a_daemonic_child_that_finishes_at_sigterm_has_the_time_for_it(tmp_path):
     script = program(tmp_path, STUBBORN, "writes_first", "fork", "0")
-    assert script.finish(30) == 0, script.transcript()
+    assert script.finish() == 0, script.transcript()
     assert (tmp_path / "written").read_text() == "whole"
 
 
@@ -396,6 +396,34 @@ def test_on_request_all_that_the_block_started_is_stopped(tmp_path):
     assert "missed set()" in script.output
     assert [pid for pid in goes if is_running(pid)] == []
     assert all(is_running(pid) for pid in stays)
+
+
+@pytest.mark.parametrize("then", ["pool.terminate()", "pool.close()"])
+def test_a_pool_that_was_stopped_on_request_can_be_ended_and_is_not_made_anew(tmp_path, then):
+    """The lock of its queue died with a worker, and `terminate` and `join` waited for ever."""
+    script = program(
+        tmp_path,
+        """
+        import psutil
+        with protected() as env:
+            pool = multiprocessing.get_context("fork").Pool(2)
+            pool.map(abs, [-1, 1])
+            while any(psutil.Process(p.pid).status() != "sleeping" for p in pool._pool):
+                pass  # one has the lock while it waits for a task
+            workers = {process.pid for process in pool._pool}
+        print(workers == {f.pid for f in env.report.leftovers.stopped}, flush=True)
+        try:
+            pool.apply(abs, (1,))
+        except ValueError as error:
+            print(error, flush=True)
+        exec(sys.argv[1])
+        pool.join()
+        """,
+        then,
+        SANITIZER=STOP,
+    )
+    assert script.finish() == 0, script.transcript()
+    assert script.output.splitlines()[-2:] == ["True", "Pool not running"]
 
 
 def test_on_request_nothing_is_stopped_if_the_configuration_does_not_allow_it(tmp_path):
