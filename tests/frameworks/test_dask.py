@@ -9,6 +9,8 @@ import pytest
 from endings import ENDINGS, STATUS, all_gone, end, is_released, runs_again, start
 from support import run_python
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "frameworks" / "dask_cluster.py"
 
 
@@ -40,7 +42,6 @@ CLUSTER = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kill", "ending"), [*(("yes", ending) for ending in ENDINGS), ("no", "normal end")]
 )

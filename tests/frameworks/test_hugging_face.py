@@ -15,6 +15,8 @@ from forking import ForkedScript, ForkServer
 from support import run_command, wait_gone
 from trainings import EXAMPLES, end, ended_on_each_side, example, pid_of, stopped_after
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 server: ForkServer
@@ -94,7 +96,6 @@ ENDINGS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_the_trainer_does_at_an_end_and_what_the_environment_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
@@ -118,7 +119,6 @@ def _seen(script: ForkedScript, directory: Path) -> tuple[str, int | None, bool]
     return what[1] if what else "nothing", script.returncode, saved
 
 
-@pytest.mark.slow
 def test_the_next_start_goes_on_where_the_callback_has_stopped_the_last_one(
     tmp_path: Path,
 ) -> None:
@@ -145,7 +145,6 @@ def train(tmp_path: Path, *arguments: str) -> ForkedScript:
     return example(server, tmp_path, "hf_trainer.py", *arguments)
 
 
-@pytest.mark.slow
 def test_all_ranks_of_torchrun_stop_at_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
     command = [*TORCHRUN, str(EXAMPLES / "hf_trainer.py"), "--steps", "100000000"]
     job = run_command(tmp_path, command, start_new_session=True)

@@ -11,6 +11,8 @@ import pytest
 from endings import ENDINGS, STATUS, all_gone, end, is_released, runs_again, start
 from support import run_python
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "frameworks" / "hydra_train.py"
 WITH_JOBLIB = ("-m", "+a=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 

@@ -14,6 +14,8 @@ from forking import ForkedScript, ForkServer
 from support import wait_gone
 from trainings import EXAMPLES, end, ended_on_each_side, example, pid_of, stopped_after
 
+pytestmark = pytest.mark.slow
+
 server: ForkServer
 
 
@@ -91,7 +93,6 @@ ENDINGS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_what_lightning_does_at_an_end_and_what_the_environment_adds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
@@ -141,7 +142,6 @@ def train(tmp_path: Path, *arguments: str) -> ForkedScript:
     return example(server, tmp_path, "lightning_train.py", *arguments)
 
 
-@pytest.mark.slow
 def test_all_ranks_of_ddp_stop_at_the_same_step_and_the_next_start_goes_on(tmp_path: Path) -> None:
     endless = ("--devices", "2", "--steps", "100000000", "--workers", "1")
     killed = train(tmp_path, *endless)

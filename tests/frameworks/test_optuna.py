@@ -10,6 +10,8 @@ import pytest
 from endings import ENDINGS, STATUS, end, is_released, runs_again, start
 from support import run_python
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "frameworks" / "optuna_study.py"
 
 

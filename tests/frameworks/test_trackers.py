@@ -12,6 +12,8 @@ import pytest
 from endings import ENDINGS, STATUS, all_gone, end, is_released, runs_again, start
 from support import run_python, wait_until
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "frameworks" / "trackers.py"
 RECORDS = 3000
 
@@ -43,7 +45,6 @@ TRACKED = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_however_the_program_ends_all_records_and_its_exit_are_in_the_file(
     tmp_path, runtime_directory, ending
