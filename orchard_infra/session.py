@@ -334,6 +334,10 @@ class Session:
             return
         stop = next((one for one in news if not isinstance(one, KeyboardInterrupt)), news[0])
         stop.__context__ = error
+        if isinstance(error, Exception) and isinstance(stop, SystemExit):
+            # An exit prints no traceback. When a rank fails, its launcher signals the others, and
+            # what it failed of would be told by nobody.
+            self.logger.error("the run had failed before it was stopped", exc_info=error)
         raise stop
 
     def _leave_registry(self) -> None:

@@ -277,6 +277,25 @@ say("all said")
     assert run.output.splitlines() == ["released", "all said"]
 
 
+FAILS = """
+import logging
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+with protected() as env:
+    env.before_release(lambda: kill(first))
+    raise RuntimeError("no luck")
+"""
+
+
+@pytest.mark.parametrize("mode", ["raise", "flag"])
+def test_what_a_rank_failed_of_is_told_also_when_its_launcher_stops_it_meanwhile(tmp_path, mode):
+    """One rank is killed, the collective of the other one raises, and torchrun sends it SIGTERM."""
+    rank = start(tmp_path, FAILS, mode=mode)
+
+    assert rank.finish() == 143
+    assert "RuntimeError: no luck" in rank.output
+    assert "steps failed" not in rank.output
+
+
 def test_of_two_environments_the_outer_one_has_heard_the_signal_as_well(tmp_path):
     run = start(
         tmp_path,
