@@ -149,10 +149,27 @@ def test_a_strategy_of_ones_own_is_short_and_the_one_of_the_example() -> None:
     assert text in (ROOT / "README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("block", _in("console"), ids=str)
+TUTORIAL = [block for block in _in("console") if block.page == "docs/tutorial.md"]
+
+
+@pytest.mark.parametrize("block", [b for b in _in("console") if b not in TUTORIAL], ids=str)
 def test_a_console_block_does_what_it_shows(block: Block, tmp_path: Path) -> None:
-    commands, expected = _session(block.body)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    _run_in_terminal(block, tmp_path)
+
+
+def test_the_tutorial_can_be_followed_from_its_top_to_its_end(tmp_path: Path) -> None:
+    """In one directory: what a step leaves is there in the next one."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    anew = "begins at step 0\n"
+    for block in TUTORIAL:
+        found = _run_in_terminal(block, tmp_path)
+        assert found.count(anew) == block.body.count(anew), f"{block}\n{found}"
+
+
+def _run_in_terminal(block: Block, tmp_path: Path) -> str:
+    """Run a console block, and compare. What it printed."""
+    commands, expected = _session(block.body)
     for file in re.findall(r"\bexamples/\w+\.py\b", commands):
         _skip_unless_importable((ROOT / file).read_text("utf-8"))
     binaries = Path(sys.executable).parent
@@ -165,7 +182,8 @@ def test_a_console_block_does_what_it_shows(block: Block, tmp_path: Path) -> Non
     # Another test may run the same example at the same time: that is spared, and told.
     found = re.sub(r"^spared process: .*\n", "", script.output, flags=re.MULTILINE)
     if expected.strip():
-        assert _matches(expected, found), f"expected:\n{expected}\ngot:\n{found}"
+        assert _matches(expected, found), f"{block} expected:\n{expected}\ngot:\n{found}"
+    return found
 
 
 @pytest.mark.parametrize("block", _in("sh", "bash", "shell"), ids=str)
