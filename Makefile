@@ -6,7 +6,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-JOBS ?= 2
+# More than cores of a small machine: the tests wait as long as they compute.
+JOBS ?= 3
 KILLS ?= 10000
 SEED ?=
 # Another interpreter for test-gpu, where torch for the GPU is installed elsewhere.
