@@ -32,8 +32,8 @@ from support import wait_until
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "slurm"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "squeue", "srun")
-KILL_WAIT = 5  # seconds between SIGTERM and SIGKILL; Slurm's default is 30, and 5 the least
-GRACE = 3  # seconds that the partition "patient" gives a job that is preempted
+KILL_WAIT = 30  # seconds between SIGTERM and SIGKILL, as by default
+GRACE = 20  # seconds that the partition "patient" gives a job that is preempted
 
 _FREEZER = Path("/sys/fs/cgroup/freezer")
 _ISOLATED = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
