@@ -225,8 +225,11 @@ class Job:
 
     @property
     def _should_be_here(self) -> bool:
-        """Whether rank 0 is one of this host. A person may start each rank in another shell."""
-        return self.launch.is_on_first_node is True and self.launch.launcher != "unknown"
+        """Whether the launcher starts rank 0 on this host. A person may start each rank in another
+        shell; Lightning's rank 0 is there before the others.
+        """
+        by_hand = self.launch.launcher in ("unknown", "lightning")
+        return self.launch.is_on_first_node is True and not by_hand
 
     def _can_follow_lock(self, lock: Lock) -> bool:
         """Whether a rank on another host than rank 0's can see by the lock that rank 0 has it."""

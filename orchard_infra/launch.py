@@ -443,8 +443,8 @@ def processes_of_rank_0(launch: Launch) -> set[ProcessIdentity] | None:
     launcher = launcher_of(launch.job)
     if launcher is None or not processes.is_alive(launcher):
         return None
-    if launch.launcher == "lightning":  # its rank 0 has started the others
-        return {launcher}
+    if launch.launcher == "lightning" and _runs_our_interpreter(launcher.pid):
+        return {launcher}  # its rank 0 has started the others
 
     def was_started_as(rank: int | None, pid: int) -> bool:
         other = _quietly(processes.read_environ(pid) or {})
@@ -454,6 +454,16 @@ def processes_of_rank_0(launch: Launch) -> set[ProcessIdentity] | None:
         return None
     below = processes.tree(launcher.pid).values()
     return {process for process in below if was_started_as(0, process.pid)}
+
+
+def _runs_our_interpreter(pid: int) -> bool:
+    """Whether it may be the process of Lightning that started this one: not so a shell, in which a
+    person sets ``LOCAL_RANK`` for each rank.
+    """
+    from orchard_infra.system import processes
+
+    executable = processes.executable_of(pid)
+    return executable is None or executable == processes.executable_of(os.getpid())
 
 
 def _host_of(process: str) -> str:

@@ -253,6 +253,13 @@ def read_cwd(pid: int) -> str | None:
     return None if cwd.endswith(" (deleted)") else cwd
 
 
+def executable_of(pid: int) -> str | None:
+    """The file that a process executes; None where we may not know it."""
+    if not _LINUX:
+        return _ask_psutil(lambda process: process.exe(), pid) or None
+    return _link(f"/proc/{pid}/exe") or None
+
+
 def owner_of(pid: int) -> int | None:
     """The user id that owns a process, by the cheapest look there is; None when it is gone.
 

@@ -27,7 +27,15 @@ from orchard_infra.locks.base import LockKey
 from orchard_infra.locks.file import FileLock
 from orchard_infra.runs.record import describe_this_run
 from orchard_infra.runs.registry import RunRegistry
-from support import Script, is_running, run_python, wait_gone, wait_until, written
+from support import (
+    Script,
+    is_running,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
+    written,
+)
 from wrapping import Wrapper
 
 # Seconds until a rank has seen what another one did. On an idle machine that is a fraction of one.
@@ -245,6 +253,11 @@ def test_when_rank_0_cannot_take_the_lock_the_others_end_with_what_it_said(ranks
     assert "rank 0 of this job" in job[0].wait_for("failed: ")
 
 
+FAILS_SOON = """
+import os, sys, time
+while not os.path.exists("fail"): time.sleep(0.01)
+sys.exit(3)
+"""
 ALONE = PRELUDE + "following._ABSENT = following._ELSEWHERE = 0.5\n" + RUN.removeprefix(PRELUDE)
 
 
@@ -264,6 +277,28 @@ def test_a_rank_that_a_person_starts_goes_on_if_rank_0_is_not_below_the_same_she
     lonely.wait_for("] in")
     assert "INFO rank 1 goes on without waiting for rank 0: nothing of it" in lonely.output
     end(lonely)
+
+
+@pytest.mark.parametrize("where", ["in the same shell", "nowhere"])
+def test_ranks_of_lightning_that_a_person_starts_have_no_rank_0_in_their_shell(
+    ranks: Ranks, where: str
+) -> None:
+    """Where it starts them itself, their parent is rank 0. A shell lives on, and never comes."""
+    (ranks.tmp_path / "train.py").write_text(ALONE)
+    start = f"LOCAL_RANK=%s WORLD_SIZE=2 {sys.executable} train.py & "
+    first = f"LOCAL_RANK=0 WORLD_SIZE=2 {sys.executable} -c '{FAILS_SOON}' & "
+    shell = run_command(
+        ranks.tmp_path,
+        ["sh", "-c", (first if where == "in the same shell" else "") + start % 1 + "wait; read x"],
+    )
+
+    if where == "nowhere":
+        told = "INFO rank 1 goes on without waiting for rank 0: nothing of it"
+    else:
+        shell.wait_for("waits for rank 0")
+        (ranks.tmp_path / "fail").touch()
+        told = "ended before it had the lock"
+    shell.wait_for(told)
 
 
 COMES_LATE = (
