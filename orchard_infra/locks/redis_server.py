@@ -192,19 +192,28 @@ class Server:
             ConfigurationError: The URL has an option that redis-py does not take.
             InfrastructureError: The same as `ask`.
         """
-        client: Any = self.client
-        pool, wrong = client.connection_pool, None
         try:
-            self.ask(lambda: client.client().close())  # takes a connection, and puts it back
+            self.ask(self._use_connection)
+            return
         except (TypeError, ValueError, InfrastructureError):
-            try:
-                pool.connection_class(**pool.connection_kwargs)
-            except (TypeError, ValueError, redis.RedisError) as error:
-                wrong = _wrong_option(error, self.url)
+            wrong = self._wrong_option()
             if wrong is None:
                 raise
-        if wrong is not None:
-            raise wrong
+        raise wrong
+
+    def _use_connection(self) -> None:
+        client: Any = self.client
+        client.client().close()  # takes a connection from the pool, and puts it back
+
+    # No traceback of ours has a pool among its variables: some versions of redis-py fail to show
+    # one that has such an option.
+    def _wrong_option(self) -> ConfigurationError | None:
+        pool = self.client.connection_pool
+        try:
+            pool.connection_class(**pool.connection_kwargs)
+        except (TypeError, ValueError, redis.RedisError) as error:
+            return _wrong_option(error, self.url)
+        return None
 
     def close(self) -> None:
         client, self._client = self._client, None
