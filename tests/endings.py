@@ -1,15 +1,28 @@
-"""The ways in which a program can end, made to happen to programs that use real frameworks."""
+"""The ways in which a program can end, made to happen to programs that use real frameworks, and to
+the examples.
+
+    script = example(server, tmp_path, "lightning_train.py", "--steps", "100000000")
+    script.wait_for("is in training")
+    send_signal(script, "Ctrl-C")
+    assert script.finish() == 0
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 
+from forking import ForkedScript, ForkServer
 from support import Script, run_python, wait_gone, wait_until
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "frameworks"
 
 ENDINGS = ("normal end", "exception", "Ctrl-C", "SIGTERM", "SIGTERM to the group", "kill -9")
 
@@ -22,6 +35,14 @@ STATUS = {
     "SIGTERM to the group": 128 + signal.SIGTERM,
     "kill -9": -signal.SIGKILL,
 }
+
+# The example itself, as the leader of a process group, as a shell would have started it.
+_AS_MAIN = """
+import os, runpy, sys
+os.setpgid(0, 0)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 BEGIN = """
 import contextlib, os, select, signal, sys, time
@@ -51,6 +72,19 @@ def start(tmp_path: Path, source: str, *arguments: str, **environ: str) -> Scrip
     return run_python(tmp_path, source, *arguments, env=environ, start_new_session=True)
 
 
+def send_signal(script: Script, ending: str) -> None:
+    """Begin to end a program that leads a process group."""
+    if ending == "Ctrl-C":  # a terminal sends it to the whole group
+        os.killpg(script.pid, signal.SIGINT)
+    elif ending == "SIGTERM to the group":
+        os.killpg(script.pid, signal.SIGTERM)
+    elif ending == "SIGTERM":
+        script.terminate()
+    else:
+        assert ending == "kill -9"
+        script.kill()
+
+
 def end(script: Script, ending: str, ready: str = "ready") -> list[int]:
     """Wait until the program is ready, and end it. What it had started, and is still there then."""
     script.wait_for(ready)
@@ -59,14 +93,8 @@ def end(script: Script, ending: str, ready: str = "ready") -> list[int]:
         script.tell("end")
     elif ending == "exception":
         script.tell("fail")
-    elif ending == "Ctrl-C":  # a terminal sends it to the whole group
-        os.killpg(script.pid, signal.SIGINT)
-    elif ending == "SIGTERM":
-        script.terminate()
-    elif ending == "SIGTERM to the group":
-        os.killpg(script.pid, signal.SIGTERM)
     else:
-        script.kill()
+        send_signal(script, ending)
     script.finish()
     return [process.pid for process in started if process.is_running()]
 
@@ -93,3 +121,53 @@ def all_gone(pids: list[int]) -> bool:
     """Whether these end by themselves."""
     wait_gone(pids)
     return True
+
+
+def example(
+    server: ForkServer, tmp_path: Path, name: str, *arguments: str, runs_as: str = "main.py"
+) -> ForkedScript:
+    """Start an example, in a process group of its own."""
+    return server.run_python(tmp_path, _AS_MAIN, str(EXAMPLES / name), *arguments, name=runs_as)
+
+
+def pid_of(script: Script, rank: int) -> int:
+    """The pid of a rank, once it is in training. Lines of several ranks may be mixed up."""
+    line = script.wait_for(f"rank {rank} (pid")
+    match = re.search(rf"rank {rank} \(pid (\d+)\)", line)
+    assert match is not None, line
+    return int(match[1])
+
+
+def stopped_after(script: Script) -> int:
+    """After how many steps it was stopped, with a checkpoint."""
+    line = script.wait_for("stopped (")
+    match = re.search(r"stopped \(.*\) after (\d+) steps", line)
+    assert match is not None, line
+    return int(match[1])
+
+
+def ended_on_each_side(
+    server: ForkServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    sides: Sequence[str],
+    ending: str,
+) -> tuple[dict[str, ForkedScript], dict[str, list[int]]]:
+    """One training, ended in one way: by the framework alone, in an environment ... All sides train
+    at the same time, each in a directory of its own. The scripts, and the pids of the two workers
+    that each of them had when it got the signal.
+    """
+    scripts = {}
+    for side in sides:
+        (tmp_path / side / "run").mkdir(parents=True, mode=0o700)
+        monkeypatch.setenv("ORCHARD_INFRA_DIR", str(tmp_path / side / "run"))
+        scripts[side] = server.run_python(tmp_path / side, source, side, ending)
+    workers = {}
+    for side, script in scripts.items():
+        if ending not in ("normal", "exception"):
+            script.wait_for("is in training")
+            workers[side] = [child.pid for child in psutil.Process(script.pid).children()]
+            assert len(workers[side]) == 2
+            send_signal(script, ending)
+    return scripts, workers

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from endings import EXAMPLES, pid_of, send_signal, stopped_after
 from forking import ForkedScript, ForkServer
 from orchard_infra import EnvironmentLockedError, managed_environment
 from support import is_running, wait_gone
-from trainings import EXAMPLES, end, pid_of, stopped_after
 
 server: ForkServer
 
@@ -49,7 +49,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on_there_also_without_their_
 ) -> None:
     first = launch(tmp_path, 2, "first.py")
     ranks = [pid_of(first, rank) for rank in (0, 1)]
-    end(first, "SIGTERM")  # torchrun's agent passes it on
+    send_signal(first, "SIGTERM")  # torchrun's agent passes it on
     assert first.finish() != 0, first.transcript()  # and says that it was stopped
     wait_gone(ranks)
 
@@ -57,7 +57,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on_there_also_without_their_
     ranks = [pid_of(second, rank) for rank in (0, 1)]
     for rank in (0, 1):
         second.wait_for(f"rank {rank} goes on from step {stopped_after(first)}")
-    end(second, "kill -9")
+    send_signal(second, "kill -9")
     second.finish()
     # They train on, and nobody takes the lock from them.
     with pytest.raises(EnvironmentLockedError) as refusal, managed_environment("accelerate"):
@@ -74,9 +74,9 @@ def test_two_processes_stop_at_the_same_step_and_go_on_there_also_without_their_
 def test_the_launcher_of_one_process_does_not_pass_a_sigterm_on(tmp_path: Path) -> None:
     job = launch(tmp_path, 1, "job.py")
     rank = pid_of(job, 0)
-    end(job, "SIGTERM")
+    send_signal(job, "SIGTERM")
     assert job.finish() == -15
     assert is_running(rank)
-    end(job, "SIGTERM to the group")  # as a scheduler would have done
+    send_signal(job, "SIGTERM to the group")  # as a scheduler would have done
     wait_gone([rank])
     assert stopped_after(job)

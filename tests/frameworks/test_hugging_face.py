@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from endings import EXAMPLES, ended_on_each_side, example, pid_of, send_signal, stopped_after
 from forking import ForkedScript, ForkServer
 from support import run_command, wait_gone
-from trainings import EXAMPLES, end, ended_on_each_side, example, pid_of, stopped_after
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +129,7 @@ def test_the_next_start_goes_on_where_the_callback_has_stopped_the_last_one(
     second = train(tmp_path)
     assert second.finish() == os.EX_TEMPFAIL, second.transcript()
     assert f"pid {first.pid}" in second.error_output
-    end(first, "Ctrl-C")
+    send_signal(first, "Ctrl-C")
     assert first.finish() == 0, first.transcript()
     steps = stopped_after(first)
     assert [path.name for path in output.iterdir()] == [f"checkpoint-{steps}"]

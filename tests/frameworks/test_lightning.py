@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from endings import EXAMPLES, ended_on_each_side, example, pid_of, send_signal, stopped_after
 from forking import ForkedScript, ForkServer
 from support import wait_gone
-from trainings import EXAMPLES, end, ended_on_each_side, example, pid_of, stopped_after
 
 pytestmark = pytest.mark.slow
 
@@ -126,7 +126,7 @@ def test_the_next_start_goes_on_where_the_callback_has_stopped_the_last_one(
     second = train(tmp_path)
     assert second.finish() == os.EX_TEMPFAIL, second.transcript()
     assert f"pid {first.pid}" in second.error_output
-    end(first, "Ctrl-C")
+    send_signal(first, "Ctrl-C")
     assert first.finish() == 0, first.transcript()
     steps = stopped_after(first)
     assert checkpoint.exists()
@@ -147,13 +147,13 @@ def test_all_ranks_of_ddp_stop_at_the_same_step_and_the_next_start_goes_on(tmp_p
     killed = train(tmp_path, *endless)
     assert pid_of(killed, 0) == killed.pid
     other = pid_of(killed, 1)
-    end(killed, "kill -9")
+    send_signal(killed, "kill -9")
     wait_gone([other])  # nobody answers it any more
 
     interrupted = train(tmp_path, *endless)
     for rank in (0, 1):
         pid_of(interrupted, rank)
-    end(interrupted, "Ctrl-C")
+    send_signal(interrupted, "Ctrl-C")
     assert interrupted.finish() == 0, interrupted.transcript()
     steps = stopped_after(interrupted)
 

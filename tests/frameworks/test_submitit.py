@@ -13,9 +13,9 @@ import attrs
 import psutil
 import pytest
 
+from endings import EXAMPLES
 from slurm_server import Job, SlurmServer, missing
 from support import Script, run_command, run_python, wait_gone, wait_until
-from trainings import EXAMPLES
 
 EXAMPLE = EXAMPLES / "submitit_train.py"
 
