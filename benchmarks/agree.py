@@ -23,7 +23,9 @@ def measure(quick: bool, directory: Path) -> Outcome:
         what = f"{WHOLE}{suffix}, against {BARE}{suffix}"
         value = None
         if importlib.util.find_spec("torch") is not None:
-            samples = measured(RANKS, group, 5 if quick else 60, 20 if quick else 50, directory)
+            samples = measured(
+                2 if quick else RANKS, group, 5 if quick else 60, 20 if quick else 50, directory
+            )
             outcome.add({f"{name}{suffix}": taken for name, taken in samples.items()}, "us", 1e6)
             value = ratio(samples, WHOLE, BARE)
         outcome.goals.append(Goal(what, value, 1.2))
