@@ -91,6 +91,7 @@ class Environment:
     _pid: int = attrs.field(factory=os.getpid, init=False, repr=False)
     _released: bool = attrs.field(default=False, init=False, repr=False)  # the lock, or just about
     _before_release: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
+    _meanwhile: list[Callable[[], object]] = attrs.field(factory=list, init=False, repr=False)
     _dead: Sequence[RegisteredRun] | None = attrs.field(default=None, init=False, repr=False)
     _on_record: Sequence[str] = attrs.field(default=(), init=False, repr=False)  # names of files
     _lost: LockLostError | None = attrs.field(default=None, init=False, repr=False)
@@ -320,6 +321,10 @@ class Environment:
     def before_release(self, step: Callable[[], object]) -> None:
         """Have ``step`` carried out when the body has ended, before any strategy is left."""
         self._before_release.append(step)
+
+    def meanwhile(self, step: Callable[[], object]) -> None:
+        """Have a quick ``step`` carried out in the background every few seconds of the run."""
+        self._meanwhile.append(step)
 
     def lose(self, error: LockLostError) -> None:
         """Note that the lock is lost, and ask the run to stop. It is not interrupted."""

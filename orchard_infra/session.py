@@ -241,9 +241,9 @@ class Session:
 
     def _leave_last(self, job: Job) -> None:
         if job.may_have_ranks():
-            self._exits.attempt(
-                "ranks of this job", functools.partial(job.leave, self._exits.error)
-            )
+            is_stopped = self.env.stop_requested is not None
+            leave = functools.partial(job.leave, self._exits.error, is_stopped=is_stopped)
+            self._exits.attempt("ranks of this job", leave)
 
     def _ready(self) -> None:
         with uninterrupted():
@@ -510,6 +510,8 @@ class Session:
         with contextlib.suppress(OSError):
             if tmp_dir is not None:
                 os.utime(tmp_dir, follow_symlinks=False)
+        for step in tuple(self.env._meanwhile):
+            step()
 
 
 def _go_on(steps: Generator[Pause, None, None]) -> Pause | None:

@@ -51,6 +51,8 @@ class _Watch:
         self.stop_processes = killing.stop_processes
         self.finalizer = Finalize(None, self.note_exit, exitpriority=_FIRST)
         background.add(self.task)
+        if _is_exiting():  # too late for that: it waits for the children
+            self.note_exit()
 
     def note_exit(self) -> None:
         """Called by multiprocessing in the main thread, before it ends its children."""
@@ -103,6 +105,18 @@ def let_exit(grace: float | None) -> None:
             _watch.begin()
         if grace is not None:
             _watch.grace = grace
+
+
+def let_exit_now(grace: float | None) -> None:
+    """The same, if the exit has begun already: for a program that ends without leaving its block,
+    and whose exit hook that waits for the children comes before ours.
+    """
+    if _is_exiting():
+        let_exit(grace)
+
+
+def _is_exiting() -> bool:
+    return getattr(sys.modules.get("multiprocessing.util"), "_exiting", False) is True
 
 
 def _daemonic_children() -> list[ProcessIdentity]:

@@ -101,6 +101,8 @@ class GhostSanitizer:
         if env.is_leader:
             with interruptible():  # it may take the whole grace period
                 self.sanitize(env)
+        # A program may end without leaving its block, and Python wait for its children before that.
+        env.meanwhile(functools.partial(exiting.let_exit_now, self._grace_at_exit(env)))
         env.before_release(functools.partial(self._look_back, env, Block.begin()))
         yield
 
@@ -406,9 +408,11 @@ class GhostSanitizer:
 
     # Processes of this run.
 
+    def _grace_at_exit(self, env: Environment) -> float | None:
+        return self.grace if env.allow_process_kill and not self.dry_run else None
+
     def _look_back(self, env: Environment, block: Block) -> None:
-        may_stop = env.allow_process_kill and not self.dry_run
-        exiting.let_exit(self.grace if may_stop else None)
+        exiting.let_exit(self._grace_at_exit(env))
         if self.leftovers == "report":
             env.report.leftovers = SanitizeReport(spared=tuple(block.children()))
         else:

@@ -310,6 +310,31 @@ def test_a_daemonic_child_that_ignores_sigterm_does_not_hang_the_exit(tmp_path, 
     wait_gone([child])
 
 
+def test_nor_does_it_hang_the_exit_of_a_program_that_has_not_left_its_block(tmp_path):
+    """The exit hook of multiprocessing, which waits for the child, is called before ours."""
+    script = program(
+        tmp_path,
+        """
+        def deaf():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            print("child", os.getpid(), flush=True)
+            time.sleep(1000)
+
+        from orchard_infra import FileLock
+        env = managed_environment(
+            EnvironmentConfig("digits", allow_process_kill=True),
+            manager=InfrastructureManager(GhostSanitizer(grace=0.3), FileLock(interval=0.2)),
+        ).open()
+        multiprocessing.get_context("fork").Process(target=deaf, daemon=True).start()
+        sys.stdin.readline()
+        """,
+    )
+    [child] = pids_of(script, "child")
+    script.tell()
+    assert script.finish() == 0, script.transcript()
+    wait_gone([child])
+
+
 def test_a_pool_of_which_a_worker_ignores_sigterm_does_not_hang_the_exit(tmp_path):
     script = program(
         tmp_path,
