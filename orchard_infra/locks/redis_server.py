@@ -293,8 +293,11 @@ class Server:
             found: dict[bytes, tuple[bytes, bytes]] = {}
             for key in self.client.scan_iter(match=f"{PREFIX}{{*}}:holder", count=1000):
                 stem = key[: -len(b"holder")]
-                record, fence = _awaited(self.client.mget([key, stem + b"fence"]))
-                if record is not None:  # else released meanwhile
+                token, record, fence = _awaited(
+                    self.client.mget([stem + b"lock", key, stem + b"fence"])
+                )
+                # Else released meanwhile; or a record that somebody has put there without a lock.
+                if token is not None and record is not None:
                     found[key] = record, fence or b""
             return list(found.values())
 

@@ -19,6 +19,7 @@ import pytest
 
 from locking import forked, key_of
 from orchard_infra import InfrastructureManager, managed_environment
+from orchard_infra.environment import StopRequest
 from orchard_infra.errors import (
     ConfigurationError,
     EnvironmentLockedError,
@@ -335,6 +336,26 @@ def test_the_loss_of_any_of_them_is_the_loss_of_the_lock(tmp_path, servers, whic
             env.ensure_held()
         assert env.lock_lost
         assert env.stop_requested is not None
+
+
+def test_two_that_are_lost_at_once_are_one_loss(caplog):
+    calls: list[str] = []
+    stops: list[StopRequest] = []
+    parts = [
+        ScriptedLease(name, calls, interval=0.01, renew=LockLostError(f"{name} is gone"))
+        for name in ("one", "two")
+    ]
+    lock = AllOf(FileLock(), *(Scripted(iter([part])) for part in parts))
+    with managed_environment("digits", manager=InfrastructureManager(locker=lock)) as env:
+        env.on_stop(stops.append)
+        wait_until(lambda: {"renew one", "renew two"} <= set(calls))
+        wait_until(lambda: stops)
+        with pytest.raises(LockLostError, match="is gone"):
+            env.verify()
+    assert len(stops) == 1
+    assert [r.levelno for r in caplog.records].count(logging.ERROR) == 1
+    assert calls.count("release one") == calls.count("release two") == 1
+    assert not env.lock_path.exists()
 
 
 def test_each_part_is_looked_after_in_the_background(tmp_path, caplog):

@@ -88,6 +88,20 @@ def test_what_is_no_record_is_an_unknown_holder(planted: Planted) -> None:
     lease.release()
 
 
+def test_a_record_without_a_lock_is_no_run(redis_server: RedisServer) -> None:
+    lock = RedisLock(redis_server.url, lock_key=os.urandom(4).hex(), guard=False)
+    lease = lock.try_acquire(KEY, describe_this_run("digits"))
+    assert not isinstance(lease, Held)
+    name = f"orchard-infra:{{{lock.lock_key}}}:"
+    text = redis_server.execute("GET", f"{name}holder")
+    lease.release()
+    redis_server.execute("SET", f"{name}holder", text)
+    try:
+        assert all(run.run_id != lease.record.run_id for run in lock.runs())
+    finally:
+        redis_server.execute("DEL", f"{name}holder")
+
+
 def test_no_text_of_a_record_acts_on_a_terminal(planted: Planted) -> None:
     lease = planted.lock.try_acquire(KEY, describe_this_run("digits"))
     evil = "\x1b]0;x\x07\n\x9b2J\u202e\ud800"
