@@ -84,16 +84,14 @@ class Job:
         """
         return self.record.job is not None or not is_plain()
 
-    def leave(self, error: BaseException | None) -> None:
+    def leave(self, error: BaseException | None, *, is_stopped: bool = False) -> None:
         """Rank 0 leaves last: this returns when the other ranks on this host have left their
         environments, or a bounded time has passed. A rank that has left, and whose program goes on,
-        does not count. ``error`` is what rank 0 ended with.
+        does not count. ``error`` is what rank 0 ended with; ``is_stopped`` says that it was asked
+        to stop.
         """
-        notice, seconds = Notice(self.record, "left"), _OTHERS_WITHIN
-        if error is not None:
-            notice = Notice.at_end(error, self.record)
-            if isinstance(error, Exception):
-                seconds = _AFTER_AN_ERROR
+        notice = Notice.at_end(error, self.record, is_stopped=is_stopped)
+        seconds = _AFTER_AN_ERROR if isinstance(error, Exception) else _OTHERS_WITHIN
         try:
             self._wait_for_others(seconds)
         finally:
@@ -137,7 +135,8 @@ class Job:
 
     def will_return(self, holder: RunRecord) -> bool:
         """Whether the launcher of a run that had the lock may start its job again: `torchrun
-        --max-restarts`. It does not after a rank 0 that has left well.
+        --max-restarts`. It does not after a rank 0 that has ended by itself, and well. One that was
+        asked to stop may have been so because another rank had failed.
         """
         # Another user's notices are not to be seen here.
         if not holder.restarts_left or holder.uid != self.record.uid:

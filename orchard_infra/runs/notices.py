@@ -24,7 +24,7 @@ SUFFIX = ".notice"
 _LASTS = 86400.0  # seconds, where nobody can tell whether the launcher lives
 
 
-Outcome = Literal["locked", "failed", "left"]
+Outcome = Literal["locked", "failed", "left", "stopped"]
 
 
 @attrs.frozen
@@ -33,8 +33,8 @@ class Notice:
 
     ``outcome`` is "locked" if another run had the lock; ``holder``, ``survivors``, ``lock_path``
     and ``reason`` are those of its error then. It is "failed" if it did not get the lock for any
-    other reason, or had it and ended with an error, and "left" if it ended well. ``at`` is in epoch
-    seconds.
+    other reason, or had it and ended with an error, and "left" if it ended well; "stopped" if it
+    did so because it was asked to stop. ``at`` is in epoch seconds.
     """
 
     record: RunRecord
@@ -65,17 +65,21 @@ class Notice:
         return cls(record, "failed", f"did not get the lock: {told}")
 
     @classmethod
-    def at_end(cls, error: BaseException, record: RunRecord) -> Notice:
-        """Rank 0, with this record, has left its environment by an error, or by `sys.exit`."""
-        if isinstance(error, SystemExit) and not error.code:
-            return cls(record, "left")
+    def at_end(
+        cls, error: BaseException | None, record: RunRecord, *, is_stopped: bool = False
+    ) -> Notice:
+        """Rank 0, with this record, has left its environment: well, by an error or by `sys.exit`.
+        ``is_stopped`` says that it was asked to stop before.
+        """
+        if error is None or (isinstance(error, SystemExit) and not error.code):
+            return cls(record, "stopped" if is_stopped else "left")
         told = f"{type(error).__name__}: {error}".removesuffix(": ")
         return cls(record, "failed", f"has left its environment with {told[:1000]}")
 
     @property
     def error(self) -> InfrastructureError | None:
         """What another rank is to raise: rank 0's own error, if another run had the lock."""
-        if self.outcome == "left":
+        if self.outcome in ("left", "stopped"):
             return None
         if self.outcome == "failed":
             return InfrastructureError(f"rank 0 of this job (pid {self.record.pid}) {self.message}")

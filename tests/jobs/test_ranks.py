@@ -727,14 +727,29 @@ def waiter_of(ranks: Ranks, holder: Script, *, patience: float = 1e9) -> Script:
     return waiter
 
 
-@pytest.mark.parametrize("ends_by", ["SIGKILL", "SIGTERM"])
+FLAGGED = (
+    PRELUDE
+    + """
+manager = InfrastructureManager(stopper=SignalStop(mode="flag"))
+with enter(manager=manager) as env:
+    tell("in")
+    while not env.stop_requested:
+        time.sleep(0.01)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "ends_by"), [(RUN, "SIGKILL"), (RUN, "SIGTERM"), (FLAGGED, "SIGTERM")]
+)
 def test_a_run_that_waits_leaves_the_lock_to_a_job_that_is_started_again(
-    ranks: Ranks, ends_by: str
+    ranks: Ranks, source: str, ends_by: str
 ) -> None:
-    """SIGTERM is what torchrun sends to rank 0 when another rank has failed. The second rank 0
-    waits for locks itself, and is not behind the other run in the queue.
+    """SIGTERM is what torchrun sends to rank 0 when another rank has failed; with a flag rank 0
+    ends well all the same. The second rank 0 waits for locks itself, and is not behind the other
+    run in the queue.
     """
-    first = ranks.start(0, **elastic(0))
+    first = ranks.start(0, source, **elastic(0))
     waiter = waiter_of(ranks, first)
     first.send_signal(signal.Signals[ends_by])
     waiter.wait_for(f"the job of its last holder (pid {first.pid}) is being started again")
