@@ -19,7 +19,7 @@ FRAMEWORKS := $(VENV)/.frameworks
 DOCS := $(VENV)/.docs
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # A test that hangs ends its worker, and would be tried again in each new one.
-PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup --max-worker-restart 2
+PYTEST := $(BIN)/pytest --numprocesses $(JOBS) --max-worker-restart 2
 
 .PHONY: help venv demo test test-slow test-frameworks docs everything-installed check lint types format \
 	test-all-pythons test-gpu short-chaos chaos bench build clean
@@ -79,7 +79,7 @@ format: $(INSTALLED) ## Put the code into the agreed form
 	$(BIN)/ruff format .
 
 test-all-pythons: ## Test the built wheel under Python 3.10 to 3.13, without torch
-	scripts/test-all-pythons --numprocesses $(JOBS) --dist loadgroup
+	scripts/test-all-pythons --numprocesses $(JOBS)
 
 test-gpu: $(INSTALLED) ## Run the tests that need a GPU
 	$(GPU_PYTHON) -m pytest -m gpu

@@ -4,6 +4,7 @@ runs share and for temporary files, and nothing left running.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -83,10 +84,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 def one_of_a_group_at_a_time(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
-    """Tests of one ``xdist_group`` exclude each other, in whichever workers they are.
-
-    pytest-xdist should keep a group in one worker, and does not do so with pytest 9.2.
-    """
+    """Tests of one ``xdist_group`` exclude each other, in whichever workers they are."""
     marker = request.node.get_closest_marker("xdist_group")
     if marker is None or sys.platform == "win32":
         yield
@@ -99,6 +97,26 @@ def one_of_a_group_at_a_time(
     with open(shared / re.sub(r"\W", "-", str(marker.args[0])), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file stays in one worker, or else each worker would start the servers of each file; and so
+    do the files of one group, or else a worker would wait for the other one.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_or_file(config.rootpath, nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _group_or_file(root: Path, file: str) -> str:
+    mark = re.search(r"^pytestmark = .*xdist_group\((.+?)\)", (root / file).read_text(), re.M)
+    return file if mark is None else mark[1]
 
 
 @pytest.fixture
