@@ -149,8 +149,8 @@ from orchard_infra.stopping import signals
 signals._ONE_REQUEST = 0.0  # so that a signal to wake it would be a second one
 reader, writer = socket.socketpair()
 thread = threading.Timer(4 * LIMIT, writer.send, [b"x"])
-thread.start()
 with protected("flag", project={name!r}) as env:
+    thread.start()
     threading.Timer(LIMIT / 2, kill).start()
     {wait}
     say("saved", env.stop_requested.reason)
