@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import attrs
 
@@ -115,8 +115,7 @@ class EnvironmentConfig:
         return self.hardware.project_name
 
 
-@attrs.frozen
-class LockPath:
+class LockPath(NamedTuple):
     """The path of a lock: absolute, and as the configuration gives it.
 
     A release by hand compares both. The program may have changed its directory since it prepared

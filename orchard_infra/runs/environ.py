@@ -39,7 +39,6 @@ IGNORED_VARIABLES = (
     "XDG_SESSION_ID",
 )
 _ignored_pattern = "|".join(re.escape(name).replace(r"\*", ".*") for name in IGNORED_VARIABLES)
-_is_ignored = re.compile(_ignored_pattern, re.DOTALL).fullmatch
 _is_ignored_entry = re.compile(f"(?:{_ignored_pattern})=.*".encode(), re.DOTALL).fullmatch
 
 
@@ -49,7 +48,8 @@ def comparable(environ: Mapping[str, str]) -> dict[str, str]:
     >>> comparable({"SEED": "1", "PWD": "/home/me", "SSH_TTY": "/dev/pts/3"})
     {'SEED': '1'}
     """
-    return {name: value for name, value in environ.items() if not _is_ignored(name)}
+    is_ignored = re.compile(_ignored_pattern, re.DOTALL).fullmatch  # here: few need it
+    return {name: value for name, value in environ.items() if not is_ignored(name)}
 
 
 def environment_digest(source: int | bytes | Mapping[str, str] | None, run_id: str) -> str | None:

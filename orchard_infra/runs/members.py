@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 
@@ -31,8 +31,7 @@ _GROWN = 1000  # lines: a longer file is written anew without those that are of 
 _LINE = re.compile(rb"(\d{1,10}) (\d{1,12}(?:\.\d{1,20})?) (inside|before)")  # a torn line is none
 
 
-@attrs.frozen
-class FoldedRun:
+class FoldedRun(NamedTuple):
     """A run that has ended and is on the record of an earlier run of its program. ``file`` is the
     device and inode of its own former record, which forked children may still hold.
     """
@@ -42,8 +41,7 @@ class FoldedRun:
     lock: str | None = None
 
 
-@attrs.frozen
-class Members:
+class Members(NamedTuple):
     """What a members file says. ``before`` are those that were there before the run began."""
 
     processes: frozenset[ProcessIdentity] = frozenset()
@@ -197,7 +195,7 @@ def _line(identity: ProcessIdentity, before: bool) -> bytes:
 
 
 def _folded_line(run: FoldedRun) -> bytes:
-    return json.dumps(attrs.asdict(run)).encode() + b"\n"
+    return json.dumps(run._asdict()).encode() + b"\n"
 
 
 def _run_ids_in_use(is_wanted: Callable[[Any], bool]) -> set[str]:

@@ -7,7 +7,6 @@ import functools
 import json
 import operator
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,7 +167,7 @@ class RunRecord:
         return (
             self.boot_id == boot_id
             and processes.is_own_pid_namespace(self.pid_namespace)
-            and (boot_id != "" or self.host == socket.gethostname())
+            and (boot_id != "" or self.host == processes.host_name())
         )
 
     def describe(self, now: float | None = None) -> str:
@@ -239,7 +238,7 @@ def describe_this_run(
             project=project,
             pid=identity.pid,
             create_time=identity.create_time,
-            host=socket.gethostname(),
+            host=processes.host_name(),
             boot_id=processes.boot_id(),
             pid_namespace=processes.own_pid_namespace(),
             user=files.owner_name(uid).partition(" (")[0],

@@ -49,8 +49,7 @@ class ProcessIdentity:
     create_time: float
 
 
-@attrs.frozen
-class Stat:
+class Stat(NamedTuple):  # loads three times as fast as an attrs class
     """The line of ``/proc/PID/stat`` that identifies a process: see proc(5)."""
 
     name: str
@@ -342,6 +341,15 @@ def time_namespace(pid: int | str = "self") -> int:
 def own_time_namespace() -> int:
     """`time_namespace` of this process: create times that it reads are on that clock."""
     return time_namespace()
+
+
+def host_name() -> str:
+    """The name of this host, as it is now: DHCP and VPNs change it."""
+    if hasattr(os, "uname"):
+        return os.uname().nodename  # what gethostname(2) says; the socket module costs 3 ms
+    import socket
+
+    return socket.gethostname()
 
 
 @functools.cache
