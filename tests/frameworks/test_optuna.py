@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,45 @@ def test_however_a_study_ends_the_next_start_goes_on_with_it(
     again = start(tmp_path, STUDY, around)
     assert again.wait_for("found") == f"found COMPLETE {LEFT[ending]}"
     assert runs_again(again, runtime_directory)
+
+
+IN_THREADS = """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study()
+
+    @managed_environment("digits-trial", timeout=None)
+    def objective(trial):
+        if trial.number == 3:
+            print("ready", flush=True)
+        time.sleep(0.01)
+        return trial.suggest_float("lr", 0, 1)
+
+    def stop(study, trial):
+        if env.stop_requested:
+            study.stop()
+
+    if sys.argv[1] == "trial":
+        study.optimize(objective, n_trials=10**6, n_jobs=2)
+    with managed_environment(
+        "digits", manager=InfrastructureManager(stopper=SignalStop("flag"))
+    ) as env:
+        study.optimize(objective, n_trials=10**6, n_jobs=2, callbacks=[stop])
+    print(*{trial.state.name for trial in study.trials})
+"""
+
+
+@pytest.mark.parametrize(("around", "status"), [("study", 0), ("trial", -signal.SIGTERM)])
+def test_a_sigterm_lets_threads_finish_their_trials_if_the_study_has_an_environment(
+    tmp_path, runtime_directory, around, status
+):
+    script = start(tmp_path, IN_THREADS, around)
+    end(script, "SIGTERM")
+    assert script.returncode == status, script.transcript()
+    if around == "study":
+        script.wait_for("COMPLETE")
+        assert is_released(script, runtime_directory, "SIGTERM")
 
 
 THREADS = """
