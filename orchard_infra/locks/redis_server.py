@@ -202,8 +202,9 @@ class Server:
         raise wrong
 
     def _use_connection(self) -> None:
-        client: Any = self.client
-        client.client().close()  # takes a connection from the pool, and puts it back
+        pool: Any = self.client.connection_pool
+        command = () if redis.VERSION >= (5, 3) else ("PING",)  # it is not sent
+        pool.release(pool.get_connection(*command))
 
     # No traceback of ours has a pool among its variables: some versions of redis-py fail to show
     # one that has such an option.
