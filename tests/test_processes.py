@@ -712,9 +712,12 @@ def test_processes_that_come_and_go_meanwhile_disturb_nobody(tmp_path):
         import os
         print("churning", flush=True)
         while True:
-            children = [os.fork() for _ in range(8)]
-            if 0 in children:
-                os._exit(0)
+            children = []
+            for _ in range(8):
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(0)  # at once: its own children would be orphans, reaped by nobody
+                children.append(pid)
             for child in children:
                 os.waitpid(child, 0)
     """
