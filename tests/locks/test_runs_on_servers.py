@@ -48,12 +48,12 @@ def case(request: pytest.FixtureRequest) -> Case:
         redis.execute("FLUSHALL")
 
         def give_to_another() -> None:
-            redis.execute("DEL", "orchard-infra:{digits}:holder")
-            redis.execute("SET", "orchard-infra:{digits}:lock", "theirs", "PX", "500")
+            redis.execute("INCR", "orchard-infra:{digits}:fence")  # it was granted to another run
+            redis.execute("DEL", "orchard-infra:{digits}:lock", "orchard-infra:{digits}:holder")
 
         return Case(
-            RedisLock(redis.url, ttl=6.0, renew=0.2, guard=False),
-            f"RedisLock({redis.url!r}, ttl=6.0, renew=0.2, guard=False)",
+            RedisLock(redis.url, ttl=30.0, renew=0.2, guard=False),
+            f"RedisLock({redis.url!r}, ttl=30.0, renew=0.2, guard=False)",
             give_to_another,
         )
     postgres: PostgresServer = request.getfixturevalue("postgres")
@@ -131,7 +131,9 @@ def test_a_forked_child_that_goes_on_does_not_hold_up_the_release(case: Case, tm
         print([k.is_alive() for k in keepers], env.lock_lost, env.stop_requested, flush=True)
         """,
         # So that no renewal ends it either.
-        case.source.replace("interval=0.2", "interval=60").replace("ttl=6.0, renew=0.2", "ttl=180"),
+        case.source.replace("interval=0.2", "interval=60").replace(
+            "ttl=30.0, renew=0.2", "ttl=180"
+        ),
     )
     program.wait_for("[False] False None")
 
