@@ -15,7 +15,7 @@ import attrs
 
 from orchard_infra.errors import InfrastructureError, LockLostError, LockSuspectError
 from orchard_infra.launch import Launch
-from orchard_infra.locks.base import Lease
+from orchard_infra.locks.base import Lease, is_remote, parts_of
 from orchard_infra.report import Report
 from orchard_infra.runs.record import RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
@@ -197,10 +197,11 @@ class Environment:
         """Ask now whether the lock is still ours.
 
         Raises:
-            LockLostError: It is not. `lock_lost` is set and a stop is requested, too.
+            LockLostError: It is not. `lock_lost` is set and a stop is requested, too, unless this
+                environment has ended and released it.
             LockSuspectError: The server of the lock does not answer; see `ensure_held`.
-            InfrastructureError: It was released, or this is a forked child of the process that has
-                it. Nothing is lost by that, and nothing is asked to stop.
+            InfrastructureError: This is a forked child of the process that has a lock on a server.
+                Nothing is lost by that, and nothing is asked to stop.
         """
         if self._lease is None:
             return
@@ -215,15 +216,16 @@ class Environment:
             raise
 
     def _refuse_to_verify(self) -> None:
-        """For every kind of lock alike. A lease has one error for all that it does not hold."""
-        if os.getpid() != self._pid:
+        lease = self._lease
+        if os.getpid() != self._pid and lease is not None and any(map(is_remote, parts_of(lease))):
             raise InfrastructureError(
                 f"the lock {self.lock_name} is held by pid {self._pid}, from which this process "
                 "was forked: only that one can verify it"
             )
         if self._released:
-            raise InfrastructureError(
-                f"the lock {self.lock_name} was released: this environment has ended"
+            raise LockLostError(
+                f"the lock {self.lock_name} was released: this environment has ended",
+                lock_path=str(self.lock_path),
             )
 
     def ensure_held(self) -> None:
@@ -234,8 +236,8 @@ class Environment:
         0 and a joined process, which hold no lock themselves, are not kept waiting.
 
         Raises:
-            LockLostError: Another run may have it. `lock_lost` is set and a stop is requested, too.
-            InfrastructureError: It was released, or is held by the parent, see `verify`.
+            LockLostError: Another run may have it, see `verify`.
+            InfrastructureError: The parent has it, see `verify`.
         """
         while True:
             try:

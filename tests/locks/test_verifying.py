@@ -44,11 +44,13 @@ def enter(lock: Lock) -> managed_environment:
     return managed_environment("digits", manager=manager)
 
 
-def assert_refused(env: Environment, words: str) -> None:
+def assert_refused(
+    env: Environment, words: str, kind: type[InfrastructureError] = LockLostError
+) -> None:
     for ask in (env.verify, env.ensure_held):
         with pytest.raises(InfrastructureError, match=words) as caught:
             ask()
-        assert not isinstance(caught.value, LockLostError)
+        assert type(caught.value) is kind
     assert not env.lock_lost
     assert env.stop_requested is None
 
@@ -59,11 +61,17 @@ def test_after_the_release_nothing_is_lost_and_nothing_is_asked_to_stop(lock: Lo
     assert_refused(env, "was released")
 
 
-def test_a_forked_child_is_told_who_has_the_lock(lock: Lock) -> None:
+def test_a_forked_child_is_told_who_has_a_lock_on_a_server_and_has_a_file_itself(
+    lock: Lock,
+) -> None:
     with enter(lock) as env:
 
         def asks() -> None:
-            assert_refused(env, f"is held by pid {env.run.pid}")
+            if isinstance(lock, FileLock):
+                env.verify()
+                env.ensure_held()
+            else:
+                assert_refused(env, f"is held by pid {env.run.pid}", InfrastructureError)
 
         with forked(asks) as child:
             assert exit_status(child) == 0
