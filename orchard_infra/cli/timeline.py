@@ -462,7 +462,8 @@ th, td { padding: 7px 12px; border-bottom: 1px solid var(--line); vertical-align
 tbody tr:last-child td { border-bottom: 0; }
 tr:target { background: var(--lane); box-shadow: inset 4px 0 var(--lost); }
 td span { overflow-wrap: anywhere; }
-td.name { font-weight: 600; min-width: 90px; } td.who { min-width: 120px; } td.number { white-space: nowrap; }
+td.name { font-weight: 600; min-width: 90px; } td.who { min-width: 120px; }
+td.number { white-space: nowrap; }
 td.code { font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, monospace;
   font-size: 12px; min-width: 150px; }
 td.how span { display: inline-block; white-space: nowrap; padding-left: 7px;
