@@ -185,7 +185,7 @@ def _from_json(data: bytes) -> Notice:
         lock_path=None if found["lock_path"] is None else str(found["lock_path"]),
         holder=record("holder"),
         survivors=tuple(Survivor(**survivor) for survivor in found["survivors"]),
-        reason=None if found["reason"] is None else str(found["reason"])[:RECORD_LIMIT],
+        reason=None if found.get("reason") is None else str(found["reason"])[:RECORD_LIMIT],
         at=float(found["at"]),
     )
 
