@@ -327,6 +327,8 @@ class GhostSanitizer:
         guilty = [finding for finding in suspects if finding.evidence in wanted]
         guilty, cleared = self._settle(guilty, env)
         spared = [f for f in suspects if f not in guilty and f.evidence != "defunct"]
+        # What has ended meanwhile is in nobody's way: ranks and workers come and go.
+        spared = [f for f in spared if processes.is_alive(f.identity)]
         spared = list({finding.pid: finding for finding in (*spared, *cleared)}.values())
         report = self.stop(guilty, env.registry, reason_not_to_kill=env.reason_not_to_kill)
         return report + SanitizeReport(

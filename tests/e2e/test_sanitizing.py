@@ -124,6 +124,18 @@ def test_a_signal_ends_a_run_that_gives_a_ghost_its_grace_period(tmp_path, signu
     assert str(twin.pid) in report_of(after)["killed"]
 
 
+def test_a_twin_that_ends_while_it_is_given_time_to_register_was_not_spared(tmp_path):
+    twin = ghost(tmp_path)
+    run = train(tmp_path)
+    wait_until(lambda: has_the_lock(run))
+    time.sleep(0.5)  # it has looked by then, and waits for two seconds
+    twin.kill()
+    twin.wait()
+    assert str(twin.pid) not in report_of(run)["spared"]
+    run.finish()
+    assert "spared" not in run.error_output
+
+
 def has_the_lock(run: Script) -> bool:
     """Whether it has the lock, and so looks for ghosts."""
     return any(
