@@ -178,7 +178,7 @@ def _run_in_terminal(block: Block, tmp_path: Path) -> str:
     script = run_command(
         tmp_path,
         ["bash", "-euo", "pipefail", "-c", f"exec 2>&1\n{block.before}\n{commands}"],
-        env={"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+        env={"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "80"},
     )
     _expect_success(script)
     # Another test may run the same example at the same time: that is spared, and told.
