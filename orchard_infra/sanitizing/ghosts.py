@@ -60,6 +60,7 @@ from orchard_infra.system.masking import interruptible
 from orchard_infra.system.processes import ProcessIdentity
 
 _FEW = 20
+_ENOUGH = 1.0  # seconds of the processor to register: the first to start compiles the modules
 _PATIENT = 10.0  # seconds, at most, that a young process has to register
 _LOOKS = 5  # at what processes have started while others were stopped
 _TRACKERS = 1.0  # seconds that resource trackers have to clean up and end
@@ -384,7 +385,7 @@ class GhostSanitizer:
             return guilty, []
         began = time.monotonic()
         settled = min(max(2.0, 2 * _age(env.run.leader)), _PATIENT)
-        progress = Progress(2 * time.process_time())
+        progress = Progress(max(_ENOUGH, 2 * time.process_time()))
         cleared: dict[int, Finding] = {}
         while True:
             members = Membership(env.registry.runs())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import attrs
 
@@ -82,6 +82,8 @@ class Block:
                 reason = f"leads or belongs to a live run of {run.record.project}"
             elif _led_a_run(pid, directory):
                 reason = "led a run of its own"
+            elif (starter := self._older_starter(pid)) is not None:
+                reason = f"was started by pid {starter}, which is older than the block and needs it"
             elif shares_process and not processes.started_with(
                 pid, RUN_ID_VARIABLE, (env.run.run_id,)
             ):
@@ -93,6 +95,15 @@ class Block:
             else:
                 ghosts.append(leftover)
         return ghosts, spared
+
+    def _older_starter(self, pid: int) -> int | None:
+        """A process from before the block that has started this one by itself, as the worker of an
+        earlier pool does. A forkserver starts what it is told to.
+        """
+        for above in _between(pid):
+            if processes.identity_of(above) in self.before and not is_helper(above):
+                return above
+        return None
 
     def _is_new(self, identity: ProcessIdentity) -> bool:
         return identity.create_time >= self.began and identity not in self.before
@@ -107,7 +118,11 @@ def _led_a_run(pid: int, directory: tuple[int, int] | None) -> bool:
     """Whether a process, or one between it and us, led a run of its own that ended well: it may be
     writing its results.
     """
-    above = itertools.takewhile(lambda pid: pid != os.getpid(), processes.ancestors(pid))
     return directory is not None and any(
-        processes.has_locked(process, directory) for process in (pid, *above)
+        processes.has_locked(process, directory) for process in (pid, *_between(pid))
     )
+
+
+def _between(pid: int) -> Iterator[int]:
+    """The processes between a descendant and this one."""
+    return itertools.takewhile(lambda pid: pid != os.getpid(), processes.ancestors(pid))

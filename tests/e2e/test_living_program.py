@@ -423,6 +423,35 @@ def test_on_request_all_that_the_block_started_is_stopped(tmp_path):
     assert all(is_running(pid) for pid in stays)
 
 
+def test_on_request_what_an_older_process_started_during_the_block_is_left_to_it(tmp_path):
+    """The worker of an earlier pool that runs a program for its task, say."""
+    script = program(
+        tmp_path,
+        """
+        worker = subprocess.Popen(
+            ["sh", "-c", "read task; sleep 1000 & echo $!; wait"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with protected() as env:
+            started = subprocess.Popen(["sleep", "1000"])
+            print("task", file=worker.stdin, flush=True)
+            below = int(worker.stdout.readline())
+        reasons = {f.pid: f.reason for f in env.report.leftovers.spared}
+        print("needed", f"pid {worker.pid}, " in reasons.get(below, ""), flush=True)
+        print("stays", worker.pid, below, flush=True)
+        print("goes", started.pid, flush=True)
+        """,
+        SANITIZER=STOP,
+    )
+    stays, goes = pids_of(script, "stays"), pids_of(script, "goes")
+    assert script.finish() == 0, script.transcript()
+    assert "needed True" in script.output
+    assert [pid for pid in goes if is_running(pid)] == []
+    assert all(is_running(pid) for pid in stays)
+
+
 @pytest.mark.parametrize("then", ["pool.terminate()", "pool.close()"])
 def test_a_pool_that_was_stopped_on_request_can_be_ended_and_is_not_made_anew(tmp_path, then):
     """The lock of its queue died with a worker, and `terminate` and `join` waited for ever."""
