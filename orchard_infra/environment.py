@@ -187,11 +187,14 @@ class Environment:
 
         The first request counts, later ones change nothing. The body sees it in `stop_requested`.
         """
-        # In a signal handler nothing may be logged or locked: the background thread does it.
         if self._requested is None:
             self._requested = StopRequest(reason, time.time(), signum)
-            self._announcement.due = 0.0
-            background.wake()
+            self._announce_soon()
+
+    def _announce_soon(self) -> None:
+        # In a signal handler nothing may be logged or locked: the background thread does it.
+        self._announcement.due = 0.0
+        background.wake()
 
     def verify(self) -> None:
         """Ask now whether the lock is still ours.
@@ -332,9 +335,13 @@ class Environment:
         """Note that the lock is lost, and ask the run to stop. It is not interrupted."""
         if self._lost is not None:
             return
+        is_first = self._requested is None
+        if is_first:  # before: whoever sees the loss sees the request, too
+            self._requested = StopRequest(str(error), time.time())
         self._lost = error
         self.logger.error("%s", error)
-        self.request_stop(str(error))
+        if is_first:
+            self._announce_soon()
 
     def clear_dead(self, dead: RunRecord) -> Sequence[Survivor]:
         """Stop what still lives of a run whose leader is dead, where that is allowed. Returns what

@@ -577,7 +577,7 @@ def test_a_lock_that_is_lost_stops_the_run(postgres: PostgresServer, url: str) -
         fence = env.fence
         postgres.execute("UPDATE orchard_infra_locks SET fence = 1", database=database_of(url))
         wait_until(lambda: env.lock_lost)
-        wait_until(lambda: env.stop_requested is not None)
+        assert env.stop_requested is not None
         with pytest.raises(LockLostError, match=f"its fence is 1, and not {fence}"):
             env.ensure_held()
         with pytest.raises(LockLostError):
