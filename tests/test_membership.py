@@ -844,7 +844,8 @@ def test_a_child_with_a_cleaned_environment_belongs_through_whoever_is_above_it(
             subprocess.Popen(["sh", "-c", script])
             os._exit(0)
         os.wait()
-        print("registered", record.run_id, flush=True)
+        sys.stdout.write(f"registered {record.run_id}\\n")  # in one go: the shell writes as well
+        sys.stdout.flush()
         sys.stdin.readline()
     """
     run = run_python(tmp_path, source)
