@@ -187,9 +187,15 @@ class Environment:
 
         The first request counts, later ones change nothing. The body sees it in `stop_requested`.
         """
-        if self._requested is None:
-            self._requested = StopRequest(reason, time.time(), signum)
+        if self._note_request(reason, signum):
             self._announce_soon()
+
+    def _note_request(self, reason: str, signum: Signals | None = None) -> bool:
+        """Whether it is the first one, and so is to be announced."""
+        is_first = self._requested is None
+        if is_first:
+            self._requested = StopRequest(reason, time.time(), signum)
+        return is_first
 
     def _announce_soon(self) -> None:
         # In a signal handler nothing may be logged or locked: the background thread does it.
@@ -335,9 +341,7 @@ class Environment:
         """Note that the lock is lost, and ask the run to stop. It is not interrupted."""
         if self._lost is not None:
             return
-        is_first = self._requested is None
-        if is_first:  # before: whoever sees the loss sees the request, too
-            self._requested = StopRequest(str(error), time.time())
+        is_first = self._note_request(str(error))  # before: who sees the loss sees the request, too
         self._lost = error
         self.logger.error("%s", error)
         if is_first:
