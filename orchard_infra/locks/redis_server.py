@@ -45,16 +45,20 @@ _KEPT = 30 * 86_400  # seconds that a fence is kept after its lock was last held
 #
 # A fence that expired, or was lost, is no harm as long as the server's clock goes forward: none is
 # below the time of day in milliseconds, and nobody is granted a thousand locks a second.
-_ACQUIRE = """
-local token, ttl, record, guard, kept, looks = unpack(ARGV)
-local policy = ''
-if looks == '1' then  -- as `Server.check` does. Who may not ask for INFO sees nothing
-    local replication, memory = redis.pcall('INFO', 'replication'), redis.pcall('INFO', 'memory')
-    if type(replication) == 'string' and string.find(replication, 'role:slave', 1, true) then
-        return {3, '', ''}
-    end
-    policy = type(memory) == 'string' and string.match(memory, 'maxmemory_policy:([%w-]+)') or ''
+#
+# With its keys and arguments no call has more than ten words. Redis hangs up on a client that says
+# more before it has given its password, and then nobody would learn that one is missing.
+_LOOK = """
+-- As `Server.check` does. Who may not ask for INFO sees nothing
+local replication, memory = redis.pcall('INFO', 'replication'), redis.pcall('INFO', 'memory')
+if type(replication) == 'string' and string.find(replication, 'role:slave', 1, true) then
+    return {3, '', ''}
 end
+policy = type(memory) == 'string' and string.match(memory, 'maxmemory_policy:([%w-]+)') or ''
+"""
+
+_TAKE = """
+local token, ttl, record, guard = unpack(ARGV)
 local owner = redis.call('GET', KEYS[1])
 local fence = redis.call('GET', KEYS[3])
 if owner and owner ~= token then
@@ -84,8 +88,14 @@ redis.call('SET', KEYS[3], fence, 'EX', kept)
 return {1, fence, policy}
 """
 
-_RENEW = """
-local token, ttl, record, fence, kept = unpack(ARGV)
+_START = f"local kept, policy = {_KEPT}, ''"
+_ACQUIRE = _START + _TAKE
+_LOOK_AND_ACQUIRE = _START + _LOOK + _TAKE
+
+_RENEW = (
+    f"local kept = {_KEPT}"
+    + """
+local token, ttl, record, fence = unpack(ARGV)
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= token then
     return {0, redis.call('GET', KEYS[2]) or ''}
@@ -104,10 +114,13 @@ redis.call('SET', KEYS[2], record, 'PX', ttl)
 redis.call('SET', KEYS[3], fence, 'EX', kept)
 return {2, ''}
 """
+)
 
 # The fence goes up: a renewal that was under way, and comes later, must not put the key back.
-_RELEASE = """
-local token, kept = unpack(ARGV)
+_RELEASE = (
+    f"local kept = {_KEPT}"
+    + """
+local token = ARGV[1]
 if redis.call('GET', KEYS[1]) ~= token then
     return 0
 end
@@ -118,6 +131,7 @@ if redis.call('EXISTS', KEYS[3]) == 1 then
 end
 return 1
 """
+)
 
 
 class Unavailable(InfrastructureError):
@@ -350,15 +364,13 @@ class FencedLock(redis.lock.Lock):
     def give_back(self, server: Server | None = None) -> None:
         """Free it, if it is ours."""
         server = server or self.server
-        server.ask(lambda: _run(server.client, _RELEASE, self.keys, self.token, _KEPT))
+        server.ask(lambda: _run(server.client, _RELEASE, self.keys, self.token))
 
     def do_acquire(self, token: Any) -> bool:
         milliseconds = round(1000 * float(self.timeout or 0))
+        script = _LOOK_AND_ACQUIRE if self.looks else _ACQUIRE
         state, answer, policy = _run(
-            self.redis,
-            _ACQUIRE,
-            self.keys,
-            *(token, milliseconds, self.record, self.guard, _KEPT, int(self.looks)),
+            self.redis, script, self.keys, *(token, milliseconds, self.record, self.guard)
         )
         self.policy = policy.decode(errors="replace")
         if state == 3:
@@ -372,10 +384,7 @@ class FencedLock(redis.lock.Lock):
     def do_reacquire(self) -> Any:
         milliseconds = round(1000 * float(self.timeout or 0))
         state, answer = _run(
-            self.redis,
-            _RENEW,
-            self.keys,
-            *(self.token, milliseconds, self.record, self.fence, _KEPT),
+            self.redis, _RENEW, self.keys, *(self.token, milliseconds, self.record, self.fence)
         )
         self.renewed = Renewed(state != 0, was_restored=state == 2, holder=answer)
         if state == 0:
@@ -389,7 +398,8 @@ def _awaited(answer: Any) -> Any:
 
 
 _shas = {
-    script: hashlib.sha1(script.encode()).hexdigest() for script in (_ACQUIRE, _RENEW, _RELEASE)
+    script: hashlib.sha1(script.encode()).hexdigest()
+    for script in (_ACQUIRE, _LOOK_AND_ACQUIRE, _RENEW, _RELEASE)
 }
 
 

@@ -35,6 +35,7 @@ from orchard_infra.locks import redis_server as redis_server_module
 from orchard_infra.locks.acquiring import acquire
 from orchard_infra.locks.base import Held, LockKey
 from orchard_infra.locks.redis import RedisLease
+from orchard_infra.locks.redis_server import FencedLock, Server
 from orchard_infra.locks.urls import URL_VARIABLE
 from orchard_infra.runs.record import describe_this_run
 from redis_proxy import Proxy
@@ -216,6 +217,25 @@ def test_a_password_of_redis_cli_is_used_and_tls_and_sockets_are(key, monkeypatc
             key,
             "cannot reach|does not answer",
         )
+
+
+def test_a_missing_password_is_named_in_the_answer_to_the_try_itself(key):
+    """Redis hangs up on who says a lot without one: the next question may meet a dead line."""
+    with RedisServer(password="hunter2") as server:
+        without = RedisLock(server.url.replace(":hunter2@", ""), guard=False)
+        lease = take(RedisLock(server.url, guard=False), key)
+        held = lease._held
+        with Server(without.url, 5) as stranger:
+            stranger.connect()
+            attempt = FencedLock(stranger, "x", "y", ttl=9, record="z", guard=True)
+            for looks in (True, False):
+                attempt.looks = looks
+                with pytest.raises(InfrastructureError, match="needs a password"):
+                    attempt.take()
+            for ask in (held.renew, held.give_back):
+                with pytest.raises(InfrastructureError, match="needs a password"):
+                    ask(stranger)
+        lease.release()
 
 
 def assert_refuses(lock: RedisLock, key: LockKey, says: str) -> None:
