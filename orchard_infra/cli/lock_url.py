@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import click
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_VARIABLE = "ORCHARD_INFRA_LOCK_URL"  # that of locks.urls, which takes a moment to load
 
 
 def lock_url_option(help_: str) -> Callable[[_Command], _Command]:
@@ -18,16 +17,16 @@ def lock_url_option(help_: str) -> Callable[[_Command], _Command]:
 
 
 def _checked(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    from orchard_infra.locks.urls import URL_VARIABLE, has_password
+
     if value is None:
-        return os.environ.get(_VARIABLE) or None
+        return os.environ.get(URL_VARIABLE) or None
     if not value:  # an empty one is stronger than the variable
         return None
-    from orchard_infra.locks.urls import has_password
-
     if has_password(value):
         raise click.BadParameter(
             "it contains a password, which everybody on this machine can read there. Put the URL "
-            f"into the variable {_VARIABLE}, or into a file of yours and give file:PATH. Or leave "
-            "the password out: libpq has PGPASSFILE and services, redis has REDISCLI_AUTH"
+            f"into the variable {URL_VARIABLE}, or into a file of yours and give file:PATH. Or "
+            "leave the password out: libpq has PGPASSFILE and services, redis has REDISCLI_AUTH"
         )
     return value
