@@ -102,32 +102,34 @@ class Session:
 
     def prepare(self) -> Environment:
         """Enter everything, or nothing: what was taken is given back when a later step fails."""
-        began = time.perf_counter()
-        steps = self._enter()
+        steps = self._prepare()
         try:
-            while (pause := _go_on(steps)) is not None:
+            for pause in steps:
                 pause.wait()
-            self.env.report.prepare_seconds = time.perf_counter() - began
-            tell_prepared(self.env)
-            return self.env
         except BaseException as error:
-            try:
-                self._give_up(steps, error)
-            finally:
-                if not self._closed:  # a second Ctrl-C came before that could begin
-                    self._give_up(steps, error)
+            steps.throw(error)  # there, what was entered is left
             raise
+        return self.env
 
     async def prepare_async(self) -> Environment:
         """The same, without blocking the event loop while it waits for the lock."""
+        steps = self._prepare()
+        try:
+            for pause in steps:
+                await pause.wait_async()
+        except BaseException as error:
+            steps.throw(error)
+            raise
+        return self.env
+
+    def _prepare(self) -> Generator[Pause, None, None]:
         began = time.perf_counter()
         steps = self._enter()
         try:
             while (pause := _go_on(steps)) is not None:
-                await pause.wait_async()
+                yield pause
             self.env.report.prepare_seconds = time.perf_counter() - began
             tell_prepared(self.env)
-            return self.env
         except BaseException as error:
             try:
                 self._give_up(steps, error)
