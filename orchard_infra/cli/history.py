@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from orchard_infra.inspect import RegisteredRun, RunState
 from orchard_infra.runs import history as file
 from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.runs.registry import RunRegistry
-from orchard_infra.system import files
+from orchard_infra.system import files, processes
 
 _SHOWN = 30  # runs in a table, where nobody says how many
 _STYLES = {
@@ -326,7 +325,7 @@ def to_json(ended: Iterable[Entry]) -> dict[str, Any]:
     return {
         "version": 1,
         "at": time.time(),
-        "host": socket.gethostname(),
+        "host": processes.host_name(),
         "runs": [_run_to_json(run) for run in ended],
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -237,7 +236,7 @@ def to_json(look: Snapshot) -> dict[str, Any]:
     return {
         "version": 1,
         "at": look.at,
-        "host": socket.gethostname(),
+        "host": processes.host_name(),
         "gpu": {"library": look.gpu.library, "unknown_because": look.gpu.why_unknown},
         "lock_server": look.server
         and {"address": look.server.address, "unknown_because": look.server.why_unknown},

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import html
 import math
-import socket
 import time
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +16,7 @@ import attrs
 
 from orchard_infra.cli import output
 from orchard_infra.cli.history import Entry
+from orchard_infra.system import processes
 from orchard_infra.system.text import printable
 
 _NARROWEST, _WIDEST = 860, 6000  # pixels of the drawing; a wider page stretches it
@@ -145,7 +145,7 @@ def pack(runs: Sequence[Entry], scale: Scale) -> list[int]:
 def render(runs: Sequence[Entry], now: float | None = None) -> str:
     """The whole page."""
     now = time.time() if now is None else now
-    host = _text(socket.gethostname())
+    host = _text(processes.host_name())
     zone = _text(time.strftime("%Z", time.localtime(now)))
     made = _text(time.strftime("%A %d %B %Y, %H:%M", time.localtime(now)))
     body = _figure(runs) + _table(runs) if runs else '<p class="empty">No run has ended yet.</p>'

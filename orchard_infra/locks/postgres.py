@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -31,6 +30,7 @@ from orchard_infra.locks.checks import check_lock_key, check_seconds, check_time
 from orchard_infra.locks.postgres_server import Names, Session, Silent, Unreachable
 from orchard_infra.locks.urls import find_url, record_for_others
 from orchard_infra.runs.record import RunRecord, from_json
+from orchard_infra.system import processes
 from orchard_infra.system.masking import interruptible, uninterrupted
 from orchard_infra.system.text import printable
 
@@ -136,7 +136,7 @@ class PostgresLock:
     def _open(
         self, name: str | None, answer: float | None = None, within: float | None = None
     ) -> Session:
-        shown = f"orchard_infra {os.getpid()}@{socket.gethostname()}"
+        shown = f"orchard_infra {os.getpid()}@{processes.host_name()}"
         return server.connect(
             find_url(self.url),
             table=self.table,

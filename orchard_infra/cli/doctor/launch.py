@@ -102,7 +102,7 @@ def _container_kind(environ: Mapping[str, str]) -> str | None:
 
 
 def _is_here(host: str) -> bool:
-    return host in ("", "localhost", "127.0.0.1", "::1", socket.gethostname())
+    return host in ("", "localhost", "127.0.0.1", "::1", processes.host_name())
 
 
 def _listener(port: int) -> int | None:
