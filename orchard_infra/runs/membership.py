@@ -114,6 +114,14 @@ def has_led_a_run(pid: int, registry: _Registry) -> bool:
     return any(processes.has_open(process, files) for process in (pid, *processes.ancestors(pid)))
 
 
+def led_a_run_itself(pid: int, directory: _File | None) -> bool:
+    """Whether a process led a run that was released, and goes on since: it may be writing its
+    results. It has locked the registry's ``directory``. Its forks have that open as well, but took
+    no lock: they are not spared with it.
+    """
+    return directory is not None and processes.has_locked(pid, directory)
+
+
 def has_a_record_open(pid: int) -> bool:
     """Whether a process has a run's record open, be it in a registry that somebody has removed."""
     return any(map(_is_record, processes.names_of_open(pid)))

@@ -21,7 +21,7 @@ from typing import Literal
 import attrs
 
 from orchard_infra.runs.environ import environment_digest
-from orchard_infra.runs.membership import command_of, kin, leads_a_run
+from orchard_infra.runs.membership import command_of, kin, leads_a_run, led_a_run_itself
 from orchard_infra.runs.pools import Role, role_of
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, RunState, Survivor, clip
 from orchard_infra.runs.registered import RegisteredRun
@@ -152,7 +152,11 @@ class _Search:
             run, evidence = above.run, f"child of pid {row.ppid}, which belongs to the run"
         if run is None:
             return None
-        if self.live_run_of(pid) is not None or _has_a_run(pid, run):
+        if (
+            self.live_run_of(pid) is not None
+            or led_a_run_itself(pid, run.directory)
+            or leads_a_run(pid)  # in a registry that is not ours
+        ):
             self.spared.add(pid)
             return None
         cmdline = processes.read_cmdline(pid)
@@ -219,11 +223,3 @@ def _is_fork(record: RunRecord, cmdline: bytes, environ: bytes | None) -> bool:
     if record.environment is None:
         return True
     return environment_digest(environ, record.run_id) == record.environment
-
-
-def _has_a_run(pid: int, run: RegisteredRun) -> bool:
-    """Whether a process leads a run of its own, which may be in another registry, or led one that
-    ended well: it may be writing its results.
-    """
-    led_one = run.directory is not None and processes.has_locked(pid, run.directory)
-    return led_one or leads_a_run(pid)

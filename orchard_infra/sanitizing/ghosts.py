@@ -48,6 +48,7 @@ from orchard_infra.runs.membership import (
     is_ours,
     kin,
     leads_a_run,
+    led_a_run_itself,
 )
 from orchard_infra.runs.record import RUN_ID_VARIABLE, RunRecord, RunState, Survivor
 from orchard_infra.runs.registry import RegisteredRun, RunRegistry
@@ -243,13 +244,12 @@ class GhostSanitizer:
                 or members.live_run_of(pid) is not None
                 or bool(self._excluded(pid))
                 or is_tracker(pid)
-                # A daemon or a terminal multiplexer below: others may use it. Or a program that led
-                # a run of its own that ended well: it may be writing its results.
+                # A daemon or a terminal multiplexer below: others may use it.
                 or (
                     pid not in targets
                     and (
                         processes.session_of(pid) not in sessions
-                        or (directory is not None and processes.has_locked(pid, directory))
+                        or led_a_run_itself(pid, directory)
                     )
                 )
                 or leads_a_run(pid)  # in a registry that is not ours

@@ -18,6 +18,7 @@ from orchard_infra.runs.membership import (
     Membership,
     command_of,
     is_ours,
+    led_a_run_itself,
     orphans_of,
 )
 from orchard_infra.runs.record import RUN_ID_VARIABLE
@@ -80,7 +81,7 @@ class Block:
             run = others.live_run_of(pid)
             if run is not None:
                 reason = f"leads or belongs to a live run of {run.record.project}"
-            elif _led_a_run(pid, directory):
+            elif any(led_a_run_itself(one, directory) for one in (pid, *_between(pid))):
                 reason = "led a run of its own"
             elif (starter := self._older_starter(pid)) is not None:
                 reason = f"was started by pid {starter}, which is older than the block and needs it"
@@ -112,15 +113,6 @@ class Block:
 def _descendants() -> dict[int, ProcessIdentity]:
     """Those of this process. Mostly there are none, and one system call says so."""
     return processes.tree(os.getpid()) if processes.has_children() else {}
-
-
-def _led_a_run(pid: int, directory: tuple[int, int] | None) -> bool:
-    """Whether a process, or one between it and us, led a run of its own that ended well: it may be
-    writing its results.
-    """
-    return directory is not None and any(
-        processes.has_locked(process, directory) for process in (pid, *_between(pid))
-    )
 
 
 def _between(pid: int) -> Iterator[int]:
