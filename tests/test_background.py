@@ -217,9 +217,12 @@ def test_a_forked_child_has_a_thread_of_its_own_and_not_its_parent_s_tasks(tmp_p
         import os, threading, time
         from orchard_infra.system import background
         from orchard_infra.system.background import Task
+        said = threading.Event()
         def say():
-            os.write(1, b"parent %d\\n" % os.getpid())
-        background.add(Task(say, time.monotonic() + 0.3))
+            os.write(1, b"task of %d\\n" % os.getpid())
+            said.set()
+        task = Task(say, time.monotonic() + 1000)
+        background.add(task)
         pid = os.fork()
         if not pid:
             ran = threading.Event()
@@ -227,11 +230,13 @@ def test_a_forked_child_has_a_thread_of_its_own_and_not_its_parent_s_tasks(tmp_p
             background.add(Task(ran.set, 0.0))
             os._exit(not ran.wait(30) or len(background._background.tasks) != 1)
         print("child", os.waitpid(pid, 0)[1], flush=True)
-        time.sleep(0.5)
+        task.due = 0.0
+        background.wake()
+        said.wait(60)
         """,
     )
     assert script.finish() == 0, script.transcript()
-    assert script.output.splitlines() == ["child 0", f"parent {script.pid}"]
+    assert script.output.splitlines() == ["child 0", f"task of {script.pid}"]
 
 
 def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(tmp_path):
@@ -262,7 +267,7 @@ def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(t
         callbacks, called = Callbacks(logging.getLogger()), []
         hits = trials = 0
         end = time.monotonic() + 1.0
-        while time.monotonic() < end:
+        while time.monotonic() < end or hits <= 50 or len(called) <= 50:
             trials += 1
             task = Task(lambda: None)  # not an Event: its lock might be left locked
             try:
@@ -292,17 +297,17 @@ def test_a_signal_handler_that_raises_at_any_instant_leaves_the_thread_at_work(t
         deadline = time.monotonic() + 10
         while not ran and time.monotonic() < deadline:
             time.sleep(0.01)
-        print(hits > 50 or hits, bool(ran), len(background._background.tasks), flush=True)
+        print(bool(ran), len(background._background.tasks), flush=True)
         print(sum("background" in thread.name for thread in threading.enumerate()), flush=True)
         last = []
         callbacks.add(last.append)
         callbacks.call("stop")
-        print(callbacks.wait(10), last, len(called) > 50, flush=True)
+        print(callbacks.wait(10), last, flush=True)
         """,
     )
     assert script.finish() == 0, script.transcript()
     assert script.output.splitlines() == [
-        *("True True 1", "1", "True ['stop'] True"),
+        *("True 1", "1", "True ['stop']"),
     ], script.transcript()
 
 

@@ -390,20 +390,26 @@ def test_children_that_a_helper_starts_while_it_waits_for_its_turn_go_with_the_o
     script = family(
         tmp_path,
         """
-        signal.signal(signal.SIGTERM, lambda *_: say("told"))  # the root stays until it is killed
+        def wait_for(name):
+            while not os.path.exists(name):
+                time.sleep(0.01)
+
+        signal.signal(signal.SIGTERM, lambda *_: open("told", "w").close())
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             say("helper")
-            time.sleep(0.1)
+            wait_for("told")  # from now on it is waited for the root
             be("late")
+            open("forked", "w").close()
             while True:
                 signal.pause()
-        rest()
+        say("ready")
+        wait_for("forked")
         """,
     )
     [root], [helper] = named(script, "ready"), named(script, "helper")
 
-    outcome = stop_processes([root], grace=0.5, spare=nobody, last=lambda pid: pid == helper.pid)
+    outcome = stop_processes([root], grace=60.0, spare=nobody, last=lambda pid: pid == helper.pid)
 
     [late] = named(script, "late")
     assert {root, helper, late} == ended(outcome)
