@@ -188,7 +188,6 @@ class RedisConnection:
     lock: RedisLock
     _server: Server | None = attrs.field(default=None, init=False)
     _has_answered: bool = attrs.field(default=False, init=False)
-    _is_suitable: bool = attrs.field(default=False, init=False)  # as far as it says
     _try: FencedLock | None = attrs.field(default=None, init=False)
     _for: tuple[str, str] | None = attrs.field(default=None, init=False)  # what _try is about
     _may_be_granted: bool = attrs.field(default=False, init=False)  # nobody knows: a reply is lost
@@ -237,8 +236,8 @@ class RedisConnection:
         with uninterrupted(), interruptible():
             try:
                 server = self._open()
-                if not self._is_suitable:
-                    self._check(server)
+                if server.policy is None:
+                    _check(server)
                 found = server.look(self.lock.name_of(key))
             except InfrastructureError as error:
                 if not _may_pass(error):
@@ -271,29 +270,21 @@ class RedisConnection:
         return self._server
 
     def _take(self, server: Server, attempt: FencedLock) -> bool:
-        """Try once. The first answer also says whether the server is suitable: a question of its
-        own would cost as much as the try.
+        """Try once. The first answer also says whether the server can carry locks: a question of
+        its own would cost as much as the try.
         """
         from orchard_infra.locks.redis_server import Unreachable
 
-        attempt.looks = not self._is_suitable
         try:
             is_ours = attempt.take()
         except Unreachable:
             raise
         except InfrastructureError:
-            if not self._is_suitable:
-                self._check(server)  # it says better what is wrong
+            if server.policy is None:
+                _check(server)  # it says better what is wrong
             raise
-        if attempt.looks:
-            self._is_suitable = True
-            _warn_once(server.warning(attempt.policy))
+        _warn_once(server)
         return is_ours
-
-    def _check(self, server: Server) -> None:
-        warning = server.check()
-        self._is_suitable = True
-        _warn_once(warning)
 
     def _attempt(self, server: Server, key: LockKey, record: RunRecord) -> FencedLock:
         """The same one, with the same token, for all tries of one run."""
@@ -469,7 +460,13 @@ class RedisLease:
         )
 
 
-def _warn_once(warning: str | None) -> None:
+def _check(server: Server) -> None:
+    server.check()
+    _warn_once(server)
+
+
+def _warn_once(server: Server) -> None:
+    warning = server.warning
     if warning is not None and warning not in _warned:
         _warned.add(warning)
         _logger.warning("%s", warning)

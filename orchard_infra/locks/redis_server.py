@@ -172,12 +172,15 @@ def keys_of(name: str) -> tuple[str, str, str]:
 class Server:
     """One server, and a connection to it for each thread that asks it at the same time.
 
-    ``seconds`` is how long a connection may take to be made, and an answer to come.
+    ``seconds`` is how long a connection may take to be made, and an answer to come. ``policy`` is
+    what the server does when its memory is full, its maxmemory-policy: empty where it does not say,
+    and None until `check`, or a try to take a lock, has found that it can carry locks.
     """
 
     def __init__(self, url: str, seconds: float) -> None:
         self.url = url
         self.seconds = seconds
+        self.policy: str | None = None
         self._client: redis.Redis | None = _client(url, seconds)
         self._pid = os.getpid()
         _servers.add(self)
@@ -262,8 +265,8 @@ class Server:
         # Not within the handler: an error that is kept as the context of ours may quote a password.
         raise problem
 
-    def check(self) -> str | None:
-        """Look whether the server can carry locks. What people should know about it, or None.
+    def check(self) -> None:
+        """Look whether the server can carry locks.
 
         Raises:
             InfrastructureError: It cannot.
@@ -271,7 +274,8 @@ class Server:
         try:
             info: dict[str, Any] = self.ask(self.client.info)
         except NoPermission:
-            return None  # the script for the guard will say so, where that is wanted
+            self.policy = ""  # the script for the guard will say so, where that is wanted
+            return
         where = shown(self.url)
         numbers = re.match(r"(\d+)\.(\d+)", str(info.get("redis_version", "")))
         version = tuple(map(int, numbers.groups())) if numbers else ()  # unknown: it is tried
@@ -285,15 +289,16 @@ class Server:
                 f"{where} is a read-only replica of {info.get('master_host')}:"
                 f"{info.get('master_port')}: the lock's URL should name the primary"
             )
-        return self.warning(str(info.get("maxmemory_policy", "")))
+        self.policy = str(info.get("maxmemory_policy", ""))
 
-    def warning(self, policy: str) -> str | None:
-        """What people should know about a server with this maxmemory-policy; empty: unknown."""
-        if policy in ("", "noeviction"):
+    @property
+    def warning(self) -> str | None:
+        """What people should know about the server."""
+        if self.policy in (None, "", "noeviction"):
             return None
         return (
             f"{shown(self.url)} may drop locks when its memory is full: maxmemory-policy is "
-            f"{policy}, and should be noeviction"
+            f"{self.policy}, and should be noeviction"
         )
 
     def look(self, name: str) -> tuple[bytes, bytes] | None:
@@ -322,8 +327,8 @@ class Server:
 class FencedLock(redis.lock.Lock):
     """redis-py's Lock on a server that may lose its data, or its replies.
 
-    ``fence`` is that of the grant; ``taken`` says why there was none. While ``looks`` is set, a try
-    also looks whether the server can carry locks, and notes its ``policy`` for a full memory.
+    ``fence`` is that of the grant; ``taken`` says why there was none. The first try on a server
+    also looks whether that can carry locks.
     """
 
     def __init__(
@@ -339,8 +344,6 @@ class FencedLock(redis.lock.Lock):
         self.guard = math.ceil(ttl) + 1 if guard else 0
         self.fence = 0
         self.taken = Taken()
-        self.looks = False
-        self.policy = ""
         self.renewed = Renewed(True)
 
     def register_scripts(self) -> None:
@@ -368,13 +371,15 @@ class FencedLock(redis.lock.Lock):
 
     def do_acquire(self, token: Any) -> bool:
         milliseconds = round(1000 * float(self.timeout or 0))
-        script = _LOOK_AND_ACQUIRE if self.looks else _ACQUIRE
+        looks = self.server.policy is None
+        script = _LOOK_AND_ACQUIRE if looks else _ACQUIRE
         state, answer, policy = _run(
             self.redis, script, self.keys, *(token, milliseconds, self.record, self.guard)
         )
-        self.policy = policy.decode(errors="replace")
         if state == 3:
             raise exceptions.ReadOnlyError("it is a replica")
+        if looks:
+            self.server.policy = policy.decode(errors="replace")
         if state == 1:
             self.fence = int(answer)
             return True
