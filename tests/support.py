@@ -80,7 +80,8 @@ class Script(subprocess.Popen[bytes]):
         self._stdout_path = log.with_suffix(".out")
         self._stderr_path = log.with_suffix(".err")
         with open(self._stdout_path, "wb") as out, open(self._stderr_path, "wb") as err:
-            super().__init__(arguments, stdin=subprocess.PIPE, stdout=out, stderr=err, **options)
+            options.setdefault("stdin", subprocess.PIPE)
+            super().__init__(arguments, stdout=out, stderr=err, **options)
         _started.append(self)
 
     @property

@@ -13,7 +13,7 @@ survivor: detached  it has a session of its own, or its run ended well     repor
                                                                            holds an accelerator
 twin                same user, program, arguments, directory and           stopped
                     environment, in no live run, older than this run
-relative            same program, other arguments or environment           reported
+relative            same program, other arguments, environment or input    reported
 defunct             dead and not reaped                                    reported, with the
                                                                            parent that should reap
 ==================  =====================================================  =====================

@@ -3,13 +3,12 @@
 Two processes are twins when everything that decides what they do is the same: the user, the
 program, its arguments, the working directory, the environment that they were started with, and a
 file as the standard input. ``SEED=2 python sweep.py`` is no twin of ``SEED=1 python sweep.py``.
-Whatever cannot be read makes no twin.
+A process whose input another one may feed is nobody's twin. Whatever cannot be read makes no twin.
 """
 
 from __future__ import annotations
 
 import os
-import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import attrs
 from orchard_infra.runs.environ import comparable, environment_digest
 from orchard_infra.runs.membership import is_ours
 from orchard_infra.runs.record import RunRecord
+from orchard_infra.sanitizing.inputs import Input, input_of, reason_for_work
 from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, resolve
 from orchard_infra.system import processes
 from orchard_infra.system.processes import ProcessIdentity
@@ -43,7 +43,7 @@ class Look:
     cwd: str | None
     is_relative: bool
     environ: Mapping[str, str] | None = attrs.field(default=None, repr=False)
-    input: tuple[int, int] | None = None  # device and inode, where it is a regular file
+    input: Input | None = None
     digest: str | None = None
     run_id: str = ""  # the key of the digest
     unsure: str = ""
@@ -63,7 +63,7 @@ class Look:
             cwd=cwd,
             is_relative=typed.kind == "script" and not os.path.isabs(typed.target),
             environ=processes.read_environ(pid) or None,  # zeros, after a change of the title
-            input=_standard_input(pid),
+            input=input_of(pid),
         )
 
     @classmethod
@@ -129,13 +129,16 @@ class Look:
             return "other arguments"
         if self.cwd != me.cwd:
             return "other working directory"
-        if self.input != me.input:  # sweep.py < seed-1.yaml
+        if _file_read(self) != _file_read(me):  # sweep.py < seed-1.yaml
             return "other standard input"
         # It may have changed its directory, too: then "train.py" was another file.
         same_start = (self.environ or {}).get("PWD") == (me.environ or {}).get("PWD")
         if self.is_relative and not self.has_not_moved() and not same_start:
             return "started in another directory"
-        return self._difference_of_environments(me) or me.unsure
+        difference = self._difference_of_environments(me) or me.unsure
+        if difference or self.input == me.input:  # inherited, as in all steps of one CI job
+            return difference
+        return reason_for_work(self.pid, self.input)
 
     def _difference_of_environments(self, me: Look) -> str:
         if self.environ is None:
@@ -243,15 +246,9 @@ class Progress:
         return now - moved_at < _IDLE
 
 
-def _standard_input(pid: int) -> tuple[int, int] | None:
-    """The regular file that a process reads as its input. A terminal or a pipe tells nothing: two
-    that were started by ssh or by cron have one each.
-    """
-    try:
-        found = os.stat(f"/proc/{pid}/fd/0")
-    except OSError:
-        return None
-    return (found.st_dev, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+def _file_read(look: Look) -> Input | None:
+    """The regular file that a process reads as its input."""
+    return look.input if look.input is not None and look.input.kind == "file" else None
 
 
 def _processor_time(pid: int) -> float | None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -65,7 +66,11 @@ def script(
     tmp_path: Path, *arguments: str, role: str = "run", cwd: Path | None = None, **environ: str
 ) -> Script:
     (tmp_path / "role").write_text(role)
-    started = run_python(tmp_path, SCRIPT, *arguments, name="train.py", env=environ, cwd=cwd)
+    # A ghost with a pipe as its input would be at work for the test.
+    stdin = subprocess.DEVNULL if role == "ghost" else subprocess.PIPE
+    started = run_python(
+        tmp_path, SCRIPT, *arguments, name="train.py", env=environ, cwd=cwd, stdin=stdin
+    )
     started.wait_for("ready")
     return started
 

@@ -440,7 +440,10 @@ def test_a_lock_that_is_removed_is_told(wrapper: Wrapper, runtime_directory: Pat
 
 def test_a_twin_of_the_command_is_told_and_stopped_only_when_allowed(wrapper: Wrapper) -> None:
     program = wrapper.script("import sys; print('ready', flush=True); sys.stdin.readline()")
-    twin = run_python(wrapper.tmp_path, wrapper.tmp_path / program)
+    # With a pipe as its input it would be at work for the test.
+    ours, terminal = os.openpty()
+    twin = run_python(wrapper.tmp_path, wrapper.tmp_path / program, stdin=terminal)
+    os.close(terminal)
     twin.wait_for("ready")
     command = [sys.executable, str(wrapper.tmp_path / program)]
 
@@ -453,6 +456,7 @@ def test_a_twin_of_the_command_is_told_and_stopped_only_when_allowed(wrapper: Wr
     assert stopping.returncode == 0
     assert f"stopped process: pid {twin.pid}" in stopping.error_output
     assert twin.finish() == -signal.SIGTERM
+    os.close(ours)
 
 
 # The report

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,17 @@ from typing import Any
 
 import pytest
 
-from support import Script, is_running, run_command, run_python, wait_gone, wait_until
+from orchard_infra.system import processes
+from support import (
+    Script,
+    is_running,
+    needs_namespaces,
+    run_command,
+    run_python,
+    wait_gone,
+    wait_until,
+    written,
+)
 
 # Sleeps as a ghost without ever entering, or enters and prints its report. Which of the two is
 # said by a file: twins have the same arguments and the same environment.
@@ -77,16 +89,23 @@ TRAIN = """
 
 
 def train(
-    tmp_path: Path, *arguments: str, environ: dict[str, str] | None = None, **plan: Any
+    tmp_path: Path,
+    *arguments: str,
+    environ: dict[str, str] | None = None,
+    stdin: int = subprocess.PIPE,
+    **plan: Any,
 ) -> Script:
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    process = run_python(tmp_path, TRAIN, *arguments, name="train.py", env=environ)
+    process = run_python(tmp_path, TRAIN, *arguments, name="train.py", env=environ, stdin=stdin)
     process.wait_for("planned")  # the next one may have another plan
     return process
 
 
-def ghost(tmp_path: Path, *arguments: str, **options: Any) -> Script:
-    process = train(tmp_path, *arguments, role="ghost", **options)
+def ghost(
+    tmp_path: Path, *arguments: str, stdin: int = subprocess.DEVNULL, **options: Any
+) -> Script:
+    """Without a pipe as its input, as which it would be at work for the test."""
+    process = train(tmp_path, *arguments, role="ghost", stdin=stdin, **options)
     process.wait_for("ready")
     return process
 
@@ -249,6 +268,131 @@ def test_a_process_that_reads_another_file_as_its_input_is_no_twin(tmp_path, min
     assert is_running(other.pid)
     assert str(other.pid) in report_of(train(tmp_path, input="1.yaml"))["stopped"]
     other.finish()
+
+
+# Starts a ghost that reads a pipe, or a socket as with ssh and node, and ends as soon as it is
+# there. The argument says what else is to be.
+DISPATCHER = """
+    import os, socket, subprocess, sys
+
+    how = sys.argv[1].split()
+    if "socket" in how:
+        source, feeder = (end.detach() for end in socket.socketpair())
+    else:
+        source, feeder = os.pipe()
+    if "unread" in how:
+        os.write(feeder, b"lr: 1")
+    worker = [sys.executable, os.path.abspath("train.py")]
+    with subprocess.Popen(
+        ["sh", "-c", '"$@"; true', "sh", *worker] if "shell" in how else worker,
+        stdin=source,
+        stdout=subprocess.PIPE,
+        start_new_session="session" in how,
+        pass_fds=[feeder] if "held" in how else [],
+    ) as started:
+        while started.stdout.readline() != b"ready\\n":
+            pass
+        os._exit(0)
+"""
+
+_MAY_BE_FED = "somebody may feed its standard input"
+_MAY_BE_AWAITED = "the program that gave it its standard input may still run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_a_living_program_feeds_is_no_twin(tmp_path, kind):
+    """The idle workers of one dispatcher look alike. And ``cat 1.yaml | python sweep.py`` has read
+    all that there is, while the shell waits for it.
+    """
+    if kind == "pipe":
+        source, feeder = os.pipe()
+    else:
+        source, feeder = (end.detach() for end in socket.socketpair())
+    other = ghost(tmp_path, stdin=source)
+    os.close(source)
+    assert report_of(train(tmp_path))["spared"][str(other.pid)] == ["relative", _MAY_BE_FED]
+    os.close(feeder)
+    assert report_of(train(tmp_path))["spared"][str(other.pid)] == ["relative", _MAY_BE_AWAITED]
+    assert is_running(other.pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+def test_a_process_whose_dispatcher_is_gone_is_a_twin_once_it_has_read_all(tmp_path):
+    """A ghost is what an ssh without a terminal has left when it broke off."""
+    ghosts = orphans(tmp_path, "pipe", "socket", "pipe shell")
+    others = orphans(tmp_path, "pipe unread", "socket unread", "pipe held")
+    report = report_of(train(tmp_path, sanitizer={"grace": 60}))
+    assert set(report["stopped"]) >= ghosts
+    for pid in others:
+        assert report["spared"][pid] == ["relative", _MAY_BE_FED]
+    assert all(is_running(int(pid)) for pid in others)
+
+
+def orphans(tmp_path: Path, *kinds: str) -> set[str]:
+    """The pids of ghosts whose dispatchers are gone."""
+    before = _running(tmp_path)
+    ghost(tmp_path).stop()  # writes train.py, and the plan
+    # In sessions of their own, so that whoever adopts the ghosts is in another one.
+    dispatchers = [
+        run_python(tmp_path, DISPATCHER, how, name="dispatcher.py", start_new_session=True)
+        for how in kinds
+    ]
+    for dispatcher in dispatchers:
+        assert dispatcher.finish() == 0
+    return _running(tmp_path) - before
+
+
+def _running(tmp_path: Path) -> set[str]:
+    """The pids of all processes that run train.py."""
+    command = os.fsencode(sys.executable) + b"\0" + os.fsencode(tmp_path / "train.py") + b"\0"
+    return {
+        pid
+        for pid in filter(str.isdigit, os.listdir("/proc"))
+        if processes.read_cmdline(int(pid)) == command
+    }
+
+
+@needs_namespaces
+@pytest.mark.parametrize("first", ["sh", "python"])
+def test_only_an_init_is_known_to_adopt_the_command_of_an_ssh(tmp_path, first):
+    """Such a command leads a session. Where the first process of a container is a program, it may
+    have started that command itself.
+    """
+    ghost(tmp_path).stop()
+    written(tmp_path / "dispatcher.py", DISPATCHER)
+    (tmp_path / "looks.json").write_text('{"kill": false}')
+    commands = '"$0" dispatcher.py session; mv looks.json plan.json; "$0" "$PWD/train.py"; true'
+    init = ["sh", "-c", commands, sys.executable]
+    if first == "python":
+        init = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *init]
+    namespace = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    report = report_of(run_command(tmp_path, [*namespace, *init]))
+    [(evidence, reason)] = report["spared"].values()
+    if first == "sh":
+        assert evidence == "twin"
+    else:
+        assert (evidence, reason) == ("relative", _MAY_BE_AWAITED)
+
+
+def test_a_process_that_has_inherited_the_same_pipe_is_a_twin(tmp_path):
+    """The steps of one CI job have one pipe as their input, and nobody reads it."""
+    source, feeder = os.pipe()
+    other = ghost(tmp_path, stdin=source)
+    evidence, _ = report_of(train(tmp_path, stdin=source, kill=False))["spared"][str(other.pid)]
+    os.close(source)
+    os.close(feeder)
+    assert evidence == "twin"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+def test_a_process_that_reads_a_named_pipe_is_no_twin(tmp_path):
+    """Nothing tells whether that has a writer, and another one may open it at any time."""
+    os.mkfifo(tmp_path / "jobs")
+    source = os.open(tmp_path / "jobs", os.O_RDONLY | os.O_NONBLOCK)
+    other = ghost(tmp_path, stdin=source)
+    os.close(source)
+    assert report_of(train(tmp_path))["spared"][str(other.pid)] == ["relative", _MAY_BE_FED]
 
 
 def test_a_twin_from_another_terminal_is_a_twin(tmp_path):
