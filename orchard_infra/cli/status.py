@@ -169,7 +169,14 @@ class Survey:
     def look(self) -> Snapshot:
         server, records = self._ask_server()
         now = look(self.registry)
-        shown = [run for run in now.runs if self.project in (None, run.record.project)]
+        shown = [
+            run
+            for run in now.runs
+            if self.project in (None, run.record.project)
+            # A run that ended well has died of nothing, although its record is still there: its
+            # children outlived the program by a moment, as ranks of Lightning and Ray's servers do.
+            and not (run.was_released and now.state_of(run) is RunState.DEAD)
+        ]
         members = {run.record.run_id: now.members_of(run) for run in shown}
         if self._sampled_at is None and any(members.values()):
             self._sample(members)

@@ -166,6 +166,10 @@ def test_a_run_that_has_ended_is_shown_for_as_long_as_its_children_live(tmp_path
     (row,) = status_of(tmp_path)
     assert row["state"] == "survivors"
     assert {one["kind"] for one in row["survivors"]} <= {"worker", "detached"}
+    for one in row["survivors"]:
+        os.kill(one["pid"], signal.SIGKILL)
+    wait_gone(one["pid"] for one in row["survivors"])
+    assert status_of(tmp_path) == []  # not dead: it has ended well
 
 
 def test_a_changed_host_name_changes_nothing(tmp_path, require_tool):
