@@ -92,20 +92,19 @@ def train(
     tmp_path: Path,
     *arguments: str,
     environ: dict[str, str] | None = None,
-    stdin: int = subprocess.PIPE,
+    stdin: int | None = None,
     **plan: Any,
 ) -> Script:
+    if stdin is None:  # with a pipe as its input it would be at work for the test: nobody's twin
+        stdin = subprocess.PIPE if plan.get("stay") else subprocess.DEVNULL
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     process = run_python(tmp_path, TRAIN, *arguments, name="train.py", env=environ, stdin=stdin)
     process.wait_for("planned")  # the next one may have another plan
     return process
 
 
-def ghost(
-    tmp_path: Path, *arguments: str, stdin: int = subprocess.DEVNULL, **options: Any
-) -> Script:
-    """Without a pipe as its input, as which it would be at work for the test."""
-    process = train(tmp_path, *arguments, role="ghost", stdin=stdin, **options)
+def ghost(tmp_path: Path, *arguments: str, **options: Any) -> Script:
+    process = train(tmp_path, *arguments, role="ghost", **options)
     process.wait_for("ready")
     return process
 
@@ -532,19 +531,22 @@ AFTERWARDS = """
 @pytest.mark.parametrize("waits", [True, False], ids=["waiting meanwhile", "started later"])
 def test_a_run_that_has_left_its_block_and_goes_on_is_no_ghost(tmp_path, runtime_directory, waits):
     """It still writes its results: same command line, older, and in no live run any more."""
-    first = run_python(tmp_path, AFTERWARDS, name="after.py")
+    keyboard, terminal = os.openpty()  # with a pipe as its input it would be nobody's twin
+    first = run_python(tmp_path, AFTERWARDS, name="after.py", stdin=terminal)
+    os.close(terminal)
     first.wait_for("in")
     if waits:
         second = run_python(tmp_path, AFTERWARDS, name="after.py")
         wait_until(lambda: len(list((runtime_directory / "runs").glob("*.run"))) == 2)
-    first.tell()
+    os.write(keyboard, b"\n")
     first.wait_for("after")
     if not waits:
         second = run_python(tmp_path, AFTERWARDS, name="after.py")
     second.wait_for("in")
     assert is_running(first.pid)
-    first.tell()
+    os.write(keyboard, b"\n")
     assert first.finish() == 0, first.transcript()
+    os.close(keyboard)
     assert "results written" in first.output
 
 
@@ -567,8 +569,9 @@ def said_how_it_went(run: Script) -> bool:
 @pytest.mark.slow
 def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({"stay": True}))
+    source, feeder = os.pipe()  # the same for all: with one each they would be no twins
     for _ in range(3):
-        runs = [run_python(tmp_path, TRAIN, name="train.py") for _ in range(3)]
+        runs = [run_python(tmp_path, TRAIN, name="train.py", stdin=source) for _ in range(3)]
         for run in runs:
             # Also when it was stopped by another one: then it ended without a word.
             wait_until(lambda run=run: said_how_it_went(run) or run.poll() is not None)
@@ -577,10 +580,12 @@ def test_two_runs_that_start_together_do_not_shoot_each_other(tmp_path):
         assert len(holders) == 1
         for run in runs:
             if run is holders[0]:
-                run.tell()
+                os.write(feeder, b"\n")
                 assert run.finish() == 0
             else:
                 assert run.finish() == 75, run.transcript()
+    os.close(source)
+    os.close(feeder)
 
 
 def test_a_defunct_process_is_named_with_the_parent_that_should_reap_it(tmp_path):
