@@ -211,14 +211,21 @@ def test_the_lock_is_held_until_the_trainer_has_saved(wrapper: Wrapper) -> None:
 
 UPLOADER = """
     import os, signal, sys, time
+    command = os.getpid()
     if os.fork():
         os._exit(0)
     os.setsid()
     signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
     print("uploader", os.getpid(), flush=True)
-    deadline = time.monotonic() + float(sys.argv[1])
-    while time.monotonic() < deadline:
-        time.sleep(0.01)
+    if sys.argv[1] == "told":
+        while not os.path.exists("told"):
+            time.sleep(0.01)
+    else:
+        while os.path.exists(f"/proc/{command}"):  # whoever waits for it has not seen its end
+            time.sleep(0.01)
+        deadline = time.monotonic() + float(sys.argv[1])
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
     print("uploaded", flush=True)
 """
 
@@ -226,7 +233,7 @@ UPLOADER = """
 def test_who_has_a_session_of_its_own_may_leave_by_itself(wrapper: Wrapper) -> None:
     script = wrapper.run(
         *("--grace", "50", "--report", "report.json"),
-        *("--", sys.executable, wrapper.script(UPLOADER), "0.6"),
+        *("--", sys.executable, wrapper.script(UPLOADER), "2"),
     )
 
     assert script.returncode == 0
@@ -250,7 +257,7 @@ def test_who_has_a_session_of_its_own_is_stopped_after_the_grace(wrapper: Wrappe
 
 
 def test_a_pool_that_is_left_does_not_wait_for_an_uploader(wrapper: Wrapper) -> None:
-    line = f"{sys.executable} {wrapper.script(UPLOADER)} 0.8 & sleep 1000 & wait $!"
+    line = f"{sys.executable} {wrapper.script(UPLOADER)} told & sleep 1000 & wait $!"
     script = wrapper.start("--grace", "50", "--", "bash", "-c", line)
     script.wait_for("uploader")
     [sleeper] = [c for c in child_of(script).children() if c.name() == "sleep"]
@@ -259,5 +266,6 @@ def test_a_pool_that_is_left_does_not_wait_for_an_uploader(wrapper: Wrapper) -> 
     wait_gone([sleeper.pid])
 
     assert "uploaded" not in script.output
+    (wrapper.tmp_path / "told").touch()
     assert script.finish() == 137
     assert "uploaded" in script.output
