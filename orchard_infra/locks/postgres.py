@@ -27,7 +27,14 @@ from orchard_infra.errors import InfrastructureError, LockLostError, LockSuspect
 from orchard_infra.locks import postgres_server as server
 from orchard_infra.locks.base import Held, LockKey
 from orchard_infra.locks.checks import check_lock_key, check_seconds, check_timeout, check_url
-from orchard_infra.locks.postgres_server import Names, Session, Silent, Unreachable
+from orchard_infra.locks.postgres_server import (
+    Names,
+    Refused,
+    Session,
+    Silent,
+    Unavailable,
+    Unreachable,
+)
 from orchard_infra.locks.urls import find_url, record_for_others
 from orchard_infra.runs.record import RunRecord, from_json
 from orchard_infra.system import processes
@@ -147,6 +154,10 @@ class PostgresLock:
         )
 
 
+class _Away(Exception):
+    """The server does not answer just now; it says why."""
+
+
 @attrs.define(eq=False)
 class PostgresConnection:
     """A `PostgresLock` on one connection, which is made when it is first needed.
@@ -193,7 +204,10 @@ class PostgresConnection:
             return Held(holder if is_held else None)
 
         with uninterrupted():
-            outcome = self._ask_patiently(attempt, name) or self._latest
+            try:
+                outcome = self._ask_patiently(attempt, name)
+            except _Away as away:
+                return attrs.evolve(self._latest, reason=str(away))
             if isinstance(outcome, Held):
                 self._latest = outcome
             else:
@@ -221,19 +235,26 @@ class PostgresConnection:
 
     def _look(self, key: LockKey) -> tuple[RunRecord | None, bool]:
         name = self._lock._name(key)
-        found = self._ask_patiently(lambda session: _read(session, Names.of(name)), name)
-        return found or (None, False)
+        try:
+            return self._ask_patiently(lambda session: _read(session, Names.of(name)), name)
+        except _Away:
+            return None, False
 
-    def _ask_patiently(self, question: Callable[[Session], T], name: str) -> T | None:
-        """What is answered; None while the server is away, and not yet for too long."""
+    def _ask_patiently(self, question: Callable[[Session], T], name: str) -> T:
+        """What is answered.
+
+        Raises:
+            _Away: The server does not answer just now, but has before, and not too long ago.
+            InfrastructureError: There is no answer to be had.
+        """
         try:
             answer = self._ask(question, name)
-        except Unreachable:
+        except Unavailable as error:
             if self._away_since is None:
                 self._away_since = server.now()
             if not self._has_answered or server.now() - self._away_since >= _RESTART:
                 raise
-            return None
+            raise _Away(str(error)) from None
         self._has_answered, self._away_since = True, None
         return answer
 
@@ -425,6 +446,12 @@ class PostgresLease:
                 self._session = None
                 session.close()
                 _logger.debug("the lock %s is suspect: %s", self._where, error)
+            except Refused as error:
+                # The session is kept, and with it the lock, if it is there.
+                since = self._suspect_since = self._suspect_since or server.now()
+                if server.now() - since < self._lock.grace:
+                    raise self._suspect(str(error)) from None
+                raise self._lose(f"it cannot be confirmed: {error}") from None
         try:
             self._take_back()
         except LockLostError:
@@ -439,13 +466,19 @@ class PostgresLease:
         raise self._suspect(why)
 
     def _check(self, session: Session) -> None:
-        is_held, fence = session.check(self._names)
+        try:
+            is_held, fence = session.check(self._names)
+            if is_held and fence is None:
+                # Somebody has emptied or dropped the table. The lock was held all the time.
+                session.sign_again(self._names, self._fence, record_for_others(self.record))
+        except Refused as error:
+            # A locked table, or a right that was taken away, does not cost the lock: as long as
+            # this session has it, nobody else can have signed the row.
+            is_held, fence = session.has_lock(self._names), None
+            _logger.debug("only the lock %s itself was confirmed: %s", self._where, error)
         if not is_held:
             raise self._lose("its server says that this run does not hold it")
-        if fence is None:
-            # Somebody has emptied or dropped the table. The lock itself was held all the time.
-            session.sign_again(self._names, self._fence, record_for_others(self.record))
-        elif fence != self._fence:
+        if fence is not None and fence != self._fence:
             raise self._lose(f"its fence is {fence}, and not {self._fence}")
 
     def _take_back(self) -> None:

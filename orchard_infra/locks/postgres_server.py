@@ -40,6 +40,29 @@ _NO_TABLE = "42P01"  # undefined_table
 _CREATED_MEANWHILE = ("42P07", "42710", "23505")
 _READ_ONLY = "25006"  # read_only_sql_transaction
 _ROW_IS_LOCKED = "55P03"  # lock_not_available
+# Errors that may not come again: a cancelled statement, a deadlock, a server that is full.
+_NOT_NOW = ("40", "53", "57014", _ROW_IS_LOCKED, _READ_ONLY)
+
+# A server that refuses a connection says why by a number, but libpq passes on only its words. Where
+# they are not English the refusal is taken for a server that is away, of which one tires.
+_REFUSALS = re.compile(
+    "|".join(
+        (
+            "authentication failed",
+            "no password supplied",
+            r"no pg_hba\.conf entry",
+            r"pg_hba\.conf rejects",
+            "not permitted to log in",
+            "permission denied",
+            "(?:database|role) .* does not exist",
+            "not currently accepting connections",
+            "configuration parameter",
+            "value for parameter",
+            "does not support SSL",
+            "certificate",
+        )
+    )
+)
 
 _CREATE = """CREATE TABLE IF NOT EXISTS {table} (key text PRIMARY KEY, project text NOT NULL, \
 lock bigint NOT NULL, fence bigint NOT NULL, backend integer NOT NULL, since timestamptz NOT NULL, \
@@ -83,12 +106,12 @@ FROM {{table}} l WHERE l.key = $1::text
 _HOLDERS = f"""
 SELECT {_OWNER}, l.fence FROM {{table}} l JOIN pg_locks p ON {_IS_HELD} ORDER BY l.since
 """
-_CHECK = f"""
+_HAS_LOCK = f"""
 SELECT EXISTS (
     SELECT FROM pg_locks p WHERE p.pid = pg_backend_pid() AND p.pid = $2::integer
     AND {_IS_LOCK.format(lock="$1::bigint")}
-), (SELECT fence FROM {{table}} WHERE key = $3::text)
-"""
+)"""
+_CHECK = _HAS_LOCK + ", (SELECT fence FROM {table} WHERE key = $3::text)"
 _SIGN_AGAIN = """
 INSERT INTO {table} (lock, backend, key, project, fence, since, owner)
 VALUES ($1::bigint, $2::integer, $3::text, $4::text, $5::bigint, clock_timestamp(), $6::text)
@@ -120,7 +143,11 @@ class Names:
         return cls(int.from_bytes(digest[:8], "big", signed=True), digest.hex(), shown)
 
 
-class Unreachable(InfrastructureError):
+class Unavailable(InfrastructureError):
+    """The server may answer the same question later."""
+
+
+class Unreachable(Unavailable):
     """The server cannot be reached, or does not answer."""
 
 
@@ -134,6 +161,10 @@ class Refused(InfrastructureError):
     def __init__(self, message: str, sqlstate: str = "") -> None:
         super().__init__(message)
         self.sqlstate = sqlstate
+
+
+class NotNow(Refused, Unavailable):
+    """It is full, read-only for a while, or somebody has the table locked."""
 
 
 # Sockets of our sessions, each with its device and inode: libpq may have closed one by itself.
@@ -202,7 +233,7 @@ class Session:
 
     * `Unreachable`: The connection is broken, or there was no answer in time. What the server has
       done is unknown: close the session.
-    * `InfrastructureError`: The server reports an error.
+    * `InfrastructureError`: The server reports an error; `Unavailable` where it may pass.
     """
 
     def __init__(
@@ -287,6 +318,11 @@ class Session:
             rows = self._ask(_CHECK, *parameters)
         [(is_held, fence)] = rows
         return is_held == "t", None if fence is None else int(fence)
+
+    def has_lock(self, names: Names) -> bool:
+        """Whether this very session has the lock. For this no right to the table is needed."""
+        [(is_held,)] = self._ask(_HAS_LOCK, names.lock, self._backend)
+        return is_held == "t"
 
     def sign_again(self, names: Names, fence: int, owner: str) -> None:
         """Put back the row of a lock that this session has."""
@@ -394,7 +430,8 @@ class Session:
         message = (result.error_field(field.MESSAGE_PRIMARY) or b"").decode("utf-8", "replace")
         if sqlstate.startswith(("08", "57P")):  # a lost connection, a server that is shut down
             return _broken(self.where, message)
-        return Refused(self._explained(sqlstate, _plain(message)), sqlstate)
+        kind = NotNow if sqlstate.startswith(_NOT_NOW) else Refused
+        return kind(self._explained(sqlstate, _plain(message)), sqlstate)
 
     def _explained(self, sqlstate: str, message: str) -> str:
         """An error of the server, and what to do about it."""
@@ -560,7 +597,19 @@ def _connection_error(
         return _too_old(where, "is too old")
     if "startup parameter" in said:
         return _pooler(where)
-    return Unreachable(f"cannot connect to {where}: {said}")
+    kind = InfrastructureError if _is_refusal(error) else Unreachable
+    return kind(f"cannot connect to {where}: {said}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the server, or each of several addresses, will not have us as long as nobody changes
+    something.
+    """
+    if not isinstance(error, import_psycopg().OperationalError):
+        return not isinstance(error, OSError)  # libpq does not understand what it was given
+    said = str(error)
+    _, *each = re.split("connection to server (?:at|on) ", said)
+    return "timeout expired" not in said and all(map(_REFUSALS.search, each or [said]))
 
 
 def _broken(where: str, said: str) -> Unreachable:
@@ -571,8 +620,8 @@ def _too_old(where: str, what: str) -> InfrastructureError:
     return InfrastructureError(f"{where} {what}: the lock needs {_OLDEST // 10000} or later")
 
 
-def _standby(where: str) -> InfrastructureError:
-    return InfrastructureError(
+def _standby(where: str) -> Unavailable:
+    return Unavailable(  # in a failover it is about to be the primary
         f"{where} is a standby, which has no locks of its own: give the address of the primary, or "
         "all addresses with target_session_attrs=read-write"
     )

@@ -181,8 +181,9 @@ class RedisLock:
 class RedisConnection:
     """A `RedisLock` on one connection, for all tries of one waiter.
 
-    Once the server has answered, a time without answers is waited through like a time for which
-    somebody has the lock: a waiter outlives a restart of the server.
+    Once the server has said who has the lock, a time without answers is waited through like a time
+    for which somebody has it: a waiter outlives a restart of the server. A connection alone is no
+    answer: a proxy gives one, too, and so does the kernel for a server that is stopped.
     """
 
     lock: RedisLock
@@ -212,6 +213,7 @@ class RedisConnection:
                     before = _now()
                     self._may_be_granted = True
                     is_ours = self._take(server, attempt)
+                self._has_answered = True
             except InfrastructureError as error:
                 if self._has_answered and _may_pass(error):
                     return Held(reason=str(error))
@@ -239,6 +241,7 @@ class RedisConnection:
                 if server.policy is None:
                     _check(server)
                 found = server.look(self.lock.name_of(key))
+                self._has_answered = True
             except InfrastructureError as error:
                 if not _may_pass(error):
                     raise
@@ -266,23 +269,26 @@ class RedisConnection:
     def _open(self) -> Server:
         if self._server is None:
             self._server = self.lock._server()
-            self._has_answered = True
         return self._server
 
     def _take(self, server: Server, attempt: FencedLock) -> bool:
         """Try once. The first answer also says whether the server can carry locks: a question of
         its own would cost as much as the try.
         """
-        from orchard_infra.locks.redis_server import Unreachable
+        from orchard_infra.locks.redis_server import Silent, Unreachable
 
         try:
             is_ours = attempt.take()
-        except Unreachable:
-            raise
-        except InfrastructureError:
-            if server.policy is None:
-                _check(server)  # it says better what is wrong
-            raise
+        except InfrastructureError as error:
+            if server.policy is not None or isinstance(error, Silent):
+                raise
+            # Redis hangs up on who says a lot before the password, and what it has said then may
+            # be lost with the line. A short question on a new one finds out what is wrong.
+            server.hang_up()
+            _check(server)
+            if not isinstance(error, Unreachable):
+                raise
+            is_ours = attempt.take()  # nothing is: only that line has broken
         _warn_once(server)
         return is_ours
 

@@ -142,6 +142,10 @@ class Unreachable(Unavailable):
     """There is no connection, or no answer came."""
 
 
+class Silent(Unreachable):
+    """No answer came in time. The connection may still be there."""
+
+
 @attrs.frozen
 class Taken:
     """Why a lock was not granted: who has it, or how many seconds the server is too young."""
@@ -233,6 +237,10 @@ class Server:
             return _wrong_option(error, self.url)
         return None
 
+    def hang_up(self) -> None:
+        """Close the connections. The next question makes a new one."""
+        self.client.connection_pool.disconnect()
+
     def close(self) -> None:
         client, self._client = self._client, None
         if client is not None and os.getpid() == self._pid:
@@ -260,7 +268,7 @@ class Server:
             return question()
         except exceptions.LockError:
             raise
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, UnicodeError) as error:
             problem = _explain(error, self.url)
         # Not within the handler: an error that is kept as the context of ours may quote a password.
         raise problem
@@ -472,35 +480,67 @@ _RIGHTS = (
     f"~{PREFIX}* +eval +evalsha +get +set +mget +del +exists +incr +expire +pexpire +time +info "
     "+scan +select"
 )
+_MAY_NOT = (  # 5 and 6, or 7.0; 6; and 7.2 and later
+    "can't run this command",
+    "can't access at least one of the keys",
+    "ACL failure in script",
+)
 _NOT_NOW = ("OOM", "MISCONF", "NOREPLICAS", "MASTERDOWN", "BUSY", "TRYAGAIN")
 _CLUSTER = ("MOVED", "ASK", "CROSSSLOT", "CLUSTERDOWN")
+
+# redis-py cuts the first word off what the server says, of more and more kinds from one version to
+# the next. The first that fits counts: some are kinds of another one.
+_CODES = (
+    (exceptions.OutOfMemoryError, "OOM"),
+    (exceptions.BusyLoadingError, "LOADING"),
+    (exceptions.ReadOnlyError, "READONLY"),
+    (exceptions.NoPermissionError, "NOPERM"),
+    (exceptions.MasterDownError, "MASTERDOWN"),
+    (exceptions.TryAgainError, "TRYAGAIN"),
+    (exceptions.MovedError, "MOVED"),
+    (exceptions.AskError, "ASK"),
+    (exceptions.ClusterCrossSlotError, "CROSSSLOT"),
+    (exceptions.ClusterError, "CLUSTERDOWN"),
+)
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -([A-Z]+) ")  # before Redis 7
+
+
+def _code(error: Exception, said: str) -> str:
+    """The word that says what kind of an error of the server it is, whatever wrapped it."""
+    wrapped = _IN_SCRIPT.search(said)
+    if wrapped is not None:
+        return wrapped[1]
+    known = (code for kind, code in _CODES if isinstance(error, kind))
+    return next(known, said.partition(" ")[0])
 
 
 def _explain(error: Exception, url: str) -> InfrastructureError:
     """Every error of redis-py, translated in one place, and without a password."""
     where, said = shown(url), _said(error, url)
-    code = said.partition(" ")[0]
+    code = _code(error, said)
     # Some of these are a `redis.ConnectionError` as well, so the order matters.
-    if isinstance(error, exceptions.BusyLoadingError):
+    if code == "LOADING":
         return Unavailable(f"{where} has started, and is still loading its data")
     if isinstance(error, exceptions.AuthenticationError) or code in ("NOAUTH", "WRONGPASS"):
         what = "needs a password" if "required" in said.lower() else "refuses the user or password"
         return InfrastructureError(
             f"{where} {what}: {said}. It is looked for in the lock's URL, and in REDISCLI_AUTH"
         )
-    if isinstance(error, exceptions.NoPermissionError) or "can't run this command" in said:
+    if code == "NOPERM" or any(text in said for text in _MAY_NOT):
         return NoPermission(
             f"the user of {where} may not use it for a lock: {said}. It needs: {_RIGHTS}"
         )
-    if isinstance(error, exceptions.ReadOnlyError):
+    if code == "READONLY":
         return Unavailable(
             f"{where} is a read-only replica: the lock's URL should name the primary"
         )
     if isinstance(error, exceptions.TimeoutError):
-        return Unreachable(f"{where} does not answer: {said}")
+        return Silent(f"{where} does not answer: {said}")
     if isinstance(error, (exceptions.ConnectionError, OSError)):
         return Unreachable(f"cannot reach {where}: {said}")
-    if code in _CLUSTER or isinstance(error, exceptions.ClusterError):
+    if isinstance(error, UnicodeError):  # a name of a host with an impossible part
+        return InfrastructureError(f"cannot reach {where}: {said}")
+    if code in _CLUSTER:
         return InfrastructureError(
             f"{where} is a node of a Redis Cluster, where the lock may be on another one: {said}. "
             "Use a single server, with or without replicas"

@@ -374,7 +374,11 @@ def test_a_restart_of_the_server_costs_neither_the_holder_nor_who_waits_anything
         assert rank.holder_now(KEY) == rank.holder(KEY) == held.holder
 
         own_server.stop()
-        assert waiter.try_acquire(KEY, record) == held
+        away = waiter.try_acquire(KEY, record)
+        assert isinstance(away, Held)
+        assert away.holder == held.holder
+        assert away.reason is not None
+        assert "cannot connect" in away.reason
         assert rank.holder_now(KEY) is rank.holder(KEY) is None
         with pytest.raises(LockSuspectError, match="cannot be confirmed: cannot connect"):
             lease.verify()
