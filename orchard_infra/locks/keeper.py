@@ -100,7 +100,9 @@ class Keeper:
             self._suspect = True
         except Exception:
             # A full disk or a stale handle for a while: the lock may well be ours still.
-            self.logger.warning("the lock could not be renewed", exc_info=True)
+            if not self._suspect:
+                self.logger.warning("the lock could not be renewed", exc_info=True)
+            self._suspect = True
         else:
             if self._suspect:
                 self.logger.info("the lock is confirmed: it was held all the time")
