@@ -415,7 +415,7 @@ def test_children_that_a_helper_starts_while_it_waits_for_its_turn_go_with_the_o
     outcome = stop_processes([root], grace=60.0, spare=nobody, last=lambda pid: pid == helper.pid)
 
     [late] = named(script, "late")
-    assert {root, helper, late} == ended(outcome)
+    assert ({root, helper, late}, outcome.killed) == (set(outcome.stopped), ())
     assert not any(is_running(identity.pid) for identity in (root, helper, late))
 
 
