@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -613,8 +612,7 @@ def test_ranks_that_rank_0_has_started_itself_wait_for_it_while_it_lives(
     ranks: Ranks, what: str
 ) -> None:
     leader = ranks.start(None, LAUNCHES)
-    leader.wait_for("waits for rank 0")
-    time.sleep(0.5)
+    leader.wait_for("waits for rank 0")  # which it says when it has waited for longer than _ABSENT
 
     leader.tell(what)
 
