@@ -144,6 +144,29 @@ def resolve(program: Program, cwd: str | None) -> Program | None:
     return attrs.evolve(program, target=path)
 
 
+def interpreter_at(word: str, cwd: str | None, search_path: str) -> str | None:
+    """What an interpreter is that was typed so: its virtual environment, if it has one, else its
+    file. None where it is not found.
+
+    >>> interpreter_at("python", None, "/nowhere")
+    """
+    import shutil
+
+    try:
+        if os.path.dirname(word):
+            found: str | None = os.path.join(cwd or "/nowhere", word)
+        else:
+            found = shutil.which(word, path=search_path)
+        if found is None or not os.path.isfile(found):
+            return None
+        for prefix in (os.path.dirname(found), os.path.dirname(os.path.dirname(found))):
+            if os.path.exists(os.path.join(prefix, "pyvenv.cfg")):
+                return os.path.realpath(prefix)
+        return os.path.realpath(found)  # python, python3 and python3.12 are one file
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _is_interpreter(word: str) -> bool:
     return _INTERPRETER.fullmatch(os.path.basename(word)) is not None
 

@@ -1,8 +1,9 @@
 """Twins and relatives: what is compared when two processes may run the same thing.
 
 Two processes are twins when everything that decides what they do is the same: the user, the
-program, its arguments, the working directory, the environment that they were started with, and a
-file as the standard input. ``SEED=2 python sweep.py`` is no twin of ``SEED=1 python sweep.py``.
+interpreter and its options, the program, its arguments, the working directory, the environment that
+they were started with, and a file as the standard input. ``SEED=2 python sweep.py`` is no twin of
+``SEED=1 python sweep.py``.
 A process whose input another one may feed is nobody's twin. Whatever cannot be read makes no twin.
 """
 
@@ -19,7 +20,13 @@ from orchard_infra.runs.environ import comparable, environment_digest
 from orchard_infra.runs.membership import is_ours
 from orchard_infra.runs.record import RunRecord
 from orchard_infra.sanitizing.inputs import Input, input_of, reason_for_work
-from orchard_infra.sanitizing.programs import Program, might_be_python, parse_command, resolve
+from orchard_infra.sanitizing.programs import (
+    Program,
+    interpreter_at,
+    might_be_python,
+    parse_command,
+    resolve,
+)
 from orchard_infra.system import processes
 from orchard_infra.system.processes import ProcessIdentity
 
@@ -31,10 +38,11 @@ _IDLE = 1.0  # seconds without progress, from which on a process waits for somet
 class Look:
     """One process, or a dead run on record, as it is compared with others.
 
-    ``is_relative`` says that the script was named relative to some directory. ``environ`` is the
-    environment that the process was started with, None where it cannot be read. Of a dead run
-    only a ``digest`` is known, keyed by its ``run_id``. ``unsure`` says why a dead run can have no
-    twins.
+    ``is_relative`` says that the script or the interpreter was named relative to some directory.
+    ``started_by`` is the command line without the program and its arguments: the interpreter, as
+    it was typed, and its options. ``environ`` is the environment that the process was started with,
+    None where it cannot be read. Of a dead run only a ``digest`` is known, keyed by its ``run_id``.
+    ``unsure`` says why a dead run can have no twins.
     """
 
     pid: int
@@ -42,6 +50,7 @@ class Look:
     program: Program | None
     cwd: str | None
     is_relative: bool
+    started_by: tuple[str, ...]
     environ: Mapping[str, str] | None = attrs.field(default=None, repr=False)
     input: Input | None = None
     digest: str | None = None
@@ -61,7 +70,9 @@ class Look:
             create_time=found.create_time,
             program=resolve(typed, cwd),
             cwd=cwd,
-            is_relative=typed.kind == "script" and not os.path.isabs(typed.target),
+            is_relative=_is_relative(argv[0])
+            or (typed.kind == "script" and not os.path.isabs(typed.target)),
+            started_by=_started_by(argv, typed),
             environ=processes.read_environ(pid) or None,  # zeros, after a change of the title
             input=input_of(pid),
         )
@@ -75,7 +86,8 @@ class Look:
         # After a chdir, a relative script resolves to another file. Only this process knows for
         # itself which one it runs.
         ran = getattr(sys.modules.get("__main__"), "__file__", None)
-        if me.is_relative and ran is not None and os.path.realpath(ran) != me.program.target:
+        is_script = me.is_relative and me.program.kind == "script"
+        if is_script and ran is not None and os.path.realpath(ran) != me.program.target:
             return None
         return me
 
@@ -90,7 +102,11 @@ class Look:
             if look is None or look.create_time != record.create_time:
                 return None
             return None if look.is_relative and not look.has_not_moved() else look
-        is_absolute = typed.kind == "script" and os.path.isabs(typed.target)
+        is_absolute = (
+            typed.kind == "script"
+            and os.path.isabs(typed.target)
+            and not _is_relative(record.argv[0])
+        )
         unsure = ""
         if not is_absolute:
             unsure = "nobody knows in which directory the dead run was started"
@@ -102,6 +118,7 @@ class Look:
             program=resolve(typed, record.cwd),
             cwd=record.cwd,
             is_relative=not is_absolute,
+            started_by=_started_by(record.argv, typed),
             digest=record.environment,
             run_id=record.run_id,
             unsure=unsure,
@@ -127,6 +144,8 @@ class Look:
             return "cannot be read whole"
         if self.program.arguments != me.program.arguments:
             return "other arguments"
+        if self.started_by[1:] != me.started_by[1:]:  # python -O
+            return "other options of Python"
         if self.cwd != me.cwd:
             return "other working directory"
         if _file_read(self) != _file_read(me):  # sweep.py < seed-1.yaml
@@ -136,9 +155,21 @@ class Look:
         if self.is_relative and not self.has_not_moved() and not same_start:
             return "started in another directory"
         difference = self._difference_of_environments(me) or me.unsure
+        if not difference and not self._has_interpreter_of(me):
+            return "other interpreter"
         if difference or self.input == me.input:  # inherited, as in all steps of one CI job
             return difference
         return reason_for_work(self.pid, self.input)
+
+    def _has_interpreter_of(self, me: Look) -> bool:
+        """``python3.11 bench.py`` and ``other/.venv/bin/python bench.py`` are steps of a matrix."""
+        if self.started_by[0] == me.started_by[0]:  # in the same directory, with the same PATH
+            return True
+        theirs, mine = (
+            interpreter_at(look.started_by[0], look.cwd, (look.environ or {}).get("PATH", ""))
+            for look in (self, me)
+        )
+        return theirs is not None and theirs == mine
 
     def _difference_of_environments(self, me: Look) -> str:
         if self.environ is None:
@@ -244,6 +275,15 @@ class Progress:
             moved_at = now
         self._seen[identity] = used, moved_at
         return now - moved_at < _IDLE
+
+
+def _started_by(argv: Sequence[str], typed: Program) -> tuple[str, ...]:
+    return tuple(argv[: len(argv) - len(typed.arguments) - 1])
+
+
+def _is_relative(interpreter: str) -> bool:
+    """Whether it is found from the working directory, and not by PATH."""
+    return os.path.dirname(interpreter) != "" and not os.path.isabs(interpreter)
 
 
 def _file_read(look: Look) -> Input | None:

@@ -394,6 +394,47 @@ def test_a_process_that_reads_a_named_pipe_is_no_twin(tmp_path):
     assert report_of(train(tmp_path))["spared"][str(other.pid)] == ["relative", _MAY_BE_FED]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+def test_a_step_of_a_matrix_of_interpreters_is_no_twin(tmp_path):
+    """Two versions of Python or of a library are compared so, each in a virtual environment."""
+    for name in ("old", "new"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "pyvenv.cfg").write_text("include-system-site-packages = false\n")
+        for python in ("python", "python3"):
+            (tmp_path / name / "bin" / python).symlink_to(sys.executable)
+    ghost(tmp_path).stop()  # writes train.py, and the plan
+    others = {
+        words: run_command(tmp_path, [*words, str(tmp_path / "train.py")], stdin=subprocess.DEVNULL)
+        for words in (
+            (str(tmp_path / "old" / "bin" / "python"),),
+            ("new/bin/python3",),
+            (sys.executable, "-O"),
+            (sys.executable,),
+        )
+    }
+    for other in others.values():
+        other.wait_for("ready")
+    old, new, optimised, same = others.values()
+    spared = report_of(train(tmp_path, kill=False))["spared"]
+    assert spared[str(old.pid)] == ["relative", "other interpreter"]
+    assert spared[str(new.pid)] == ["relative", "other interpreter"]
+    assert spared[str(optimised.pid)] == ["relative", "other options of Python"]
+    assert spared[str(same.pid)][0] == "twin"
+
+
+def test_a_twin_whose_interpreter_was_typed_otherwise_is_a_twin(tmp_path):
+    """As ``python train.py`` and ``/usr/bin/python3 train.py`` are."""
+    ghost(tmp_path).stop()  # writes train.py, and the plan
+    bin_directory, name = os.path.split(sys.executable)
+    path = {"PATH": f"{bin_directory}:{os.environ['PATH']}"}
+    other = run_command(
+        tmp_path, [name, str(tmp_path / "train.py")], env=path, stdin=subprocess.DEVNULL
+    )
+    other.wait_for("ready")
+    report = report_of(train(tmp_path, environ=path, kill=False))
+    assert report["spared"][str(other.pid)][0] == "twin"
+
+
 def test_a_twin_from_another_terminal_is_a_twin(tmp_path):
     here = {"SHLVL": "1", "TERM": "xterm", "SSH_TTY": "/dev/pts/1", "TMUX_PANE": "%1", "_": "/x"}
     there = {"SHLVL": "3", "TERM": "dumb", "WINDOWID": "7", "OLDPWD": "/", "COLUMNS": "80"}
