@@ -13,7 +13,7 @@ import pytest
 from locking import Line, exit_status, forked, holder_of, line, take, tickets
 from orchard_infra import managed_environment
 from orchard_infra.errors import EnvironmentLockedError
-from orchard_infra.locks import queue
+from orchard_infra.locks import acquiring, queue
 from orchard_infra.locks.base import LockKey
 from orchard_infra.locks.file import FileLock
 from support import wait_until
@@ -59,7 +59,9 @@ def test_who_is_killed_or_stopped_holds_nobody_up(tmp_path, monkeypatch):
         assert sorted(waiting.served()[5:]) == [0, 4]
 
 
-def test_who_was_stopped_keeps_its_place(tmp_path):
+def test_who_was_stopped_keeps_its_place(tmp_path, monkeypatch):
+    for module, name in ((queue, "_LOOK"), (acquiring, "_WAIT")):
+        monkeypatch.setattr(module, name, (0.02, 0.02))  # many looks in each of these seconds
     with line(tmp_path, waiters=3, hold=0.05) as (waiting, lease):
         waiting.send(0, signal.SIGSTOP)
         time.sleep(1.0)  # the next one looks, and takes itself for the first
