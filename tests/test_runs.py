@@ -471,6 +471,16 @@ def test_environments_are_the_same_when_only_the_shell_differs(tmp_path):
         assert digest_of_a_process(tmp_path, **other) != plain, other
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["TERM_PENALTY", "TERMINAL_REWARD", "SSH_HOST", "SSH_ORIGINAL_COMMAND", "WINDOW", "LINES"],
+)
+def test_a_parameter_with_the_name_of_something_of_a_terminal_tells_two_environments_apart(name):
+    digest = environment_digest({"SEED": "1", "TERM": "xterm", name: "5"}, "ab12")
+    assert digest != environment_digest({"SEED": "1", "TERM": "vt100", name: "9"}, "ab12")
+    assert digest != environment_digest({"SEED": "1"}, "ab12")
+
+
 def test_the_order_of_variables_does_not_tell_two_environments_apart():
     one, other = b"B=2\0A=1\nPWD=/x\0", b"A=1\nPWD=/x\0PWD=/y\0B=2\0"
     digest = environment_digest(one, "ab12")

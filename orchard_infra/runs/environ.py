@@ -15,26 +15,41 @@ from collections.abc import Mapping
 from orchard_infra.system import processes
 
 # Variables that differ between two terminals, logins or services of one user, and that no
-# program's results depend on. DISPLAY is not here: some simulators choose a GPU by it.
+# program's results depend on. DISPLAY is not here: some simulators choose a GPU by it. Nor is what
+# a program may be told by: WINDOW (of screen) and LINES are parameters, SSH_ORIGINAL_COMMAND is a
+# task. A pattern is for a prefix that belongs to one program: TERM_PENALTY is a parameter, too.
 IGNORED_VARIABLES = (
     "_",  # the path of the command, set by a shell
     "COLORTERM",
-    "COLUMNS",
     "GPG_TTY",
     "INVOCATION_ID",  # systemd
     "JOURNAL_STREAM",  # systemd
-    "LINES",
     "OLDPWD",
     "ORCHARD_INFRA_RUN_ID",
     "PWD",  # the working directory is compared by itself
     "SHLVL",
-    "SSH_*",
+    "SSH_AGENT_PID",
+    "SSH_ASKPASS",
+    "SSH_AUTH_SOCK",
+    "SSH_CLIENT",
+    "SSH_CONNECTION",
+    "SSH_TTY",
     "STY",  # screen
     "SYSTEMD_EXEC_PID",
-    "TERM*",
+    "TERM",
+    "TERMCAP",
+    "TERMINAL_EMULATOR",  # JetBrains
+    "TERMINATOR_DBUS_NAME",
+    "TERMINATOR_DBUS_PATH",
+    "TERMINATOR_UUID",
+    "TERMINFO",
+    "TERMINFO_DIRS",
+    "TERM_FEATURES",
+    "TERM_PROGRAM",
+    "TERM_PROGRAM_VERSION",
+    "TERM_SESSION_ID",
     "TMUX*",
     "VSCODE_*",
-    "WINDOW",  # screen
     "WINDOWID",
     "XDG_SESSION_ID",
 )

@@ -437,7 +437,7 @@ def test_a_twin_whose_interpreter_was_typed_otherwise_is_a_twin(tmp_path):
 
 def test_a_twin_from_another_terminal_is_a_twin(tmp_path):
     here = {"SHLVL": "1", "TERM": "xterm", "SSH_TTY": "/dev/pts/1", "TMUX_PANE": "%1", "_": "/x"}
-    there = {"SHLVL": "3", "TERM": "dumb", "WINDOWID": "7", "OLDPWD": "/", "COLUMNS": "80"}
+    there = {"SHLVL": "3", "TERM": "dumb", "WINDOWID": "7", "OLDPWD": "/"}
     twin = ghost(tmp_path, environ=here)
     report = report_of(train(tmp_path, environ=there))
     assert str(twin.pid) in report["stopped"]
