@@ -500,10 +500,10 @@ def test_a_deadline_kills_nobody_who_has_put_the_default_handler_back(tmp_path):
     run = start(
         tmp_path,
         """
-        with Armed("flag", deadline=0.05) as watch:
+        with Armed("flag", deadline=0.5) as watch:
             kill(signal.SIGTERM)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(0.2)
+            time.sleep(0.8)
             say("alive")
         """,
     )
