@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import pytest
 
-from locking import forked, key_of
+from locking import exit_status, forked, key_of
 from orchard_infra import InfrastructureManager, managed_environment
 from orchard_infra.environment import StopRequest
 from orchard_infra.errors import (
@@ -262,7 +262,7 @@ def test_a_lease_that_is_dropped_frees_all_of_them(key, servers):
 def test_a_forked_child_releases_none_of_them(key, servers):
     lease = take(AllOf(FileLock(), servers[0]), key)
     with forked(lease.release) as pid:
-        os.waitpid(pid, 0)
+        assert exit_status(pid) == 0
     lease.verify()
     lease.release()
 
