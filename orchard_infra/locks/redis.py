@@ -17,8 +17,8 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
@@ -44,6 +44,8 @@ from orchard_infra.system.text import printable
 
 if TYPE_CHECKING:
     from orchard_infra.locks.redis_server import FencedLock, Renewed, Server
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger("Infrastructure")
 
@@ -268,8 +270,22 @@ class RedisConnection:
 
     def _open(self) -> Server:
         if self._server is None:
-            self._server = self.lock._server()
+            self._server = self._patiently(self.lock._server)
         return self._server
+
+    def _patiently(self, ask: Callable[[], _T]) -> _T:
+        """What is answered. With a short ttl a renewal has less time than a first answer, for which
+        nobody loses a lock.
+        """
+        from orchard_infra.locks.redis_server import Silent
+
+        until = _now() + _PATIENCE
+        while True:
+            try:
+                return ask()
+            except Silent:
+                if self._has_answered or _now() >= until:
+                    raise
 
     def _take(self, server: Server, attempt: FencedLock) -> bool:
         """Try once. The first answer also says whether the server can carry locks: a question of
@@ -278,7 +294,7 @@ class RedisConnection:
         from orchard_infra.locks.redis_server import Silent, Unreachable
 
         try:
-            is_ours = attempt.take()
+            is_ours = self._patiently(attempt.take)
         except InfrastructureError as error:
             if server.policy is not None or isinstance(error, Silent):
                 raise

@@ -54,7 +54,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
 def databases(network: Network) -> Iterator[dict[str, str]]:
     server = network["server"]
     with PostgresServer(host=server) as postgres, RedisServer(host=server) as redis:
-        yield {"postgres": postgres.url, "redis": f"{redis.url}#ttl=4&renew=1&guard=no"}
+        yield {"postgres": postgres.url, "redis": f"{redis.url}#ttl=6&renew=1&guard=no"}
 
 
 _numbers = itertools.count(1)

@@ -35,12 +35,13 @@ from support import Script, require_module, run_python, wait_until
 require_module("psycopg")
 
 KEY = LockKey("digits", Path("not used"))
-# Short, so that the tests need not wait: suspect after 0.5 s, lost after 3 s at the latest.
+# Short, so that the tests need not wait: suspect after 0.5 s, lost after 3 s at the latest. In
+# `lock_at` the server has more time for an answer: it may be busy with other tests.
 TIMES = "poll=0.05, interval=0.2, answer=0.5, grace=1.0"
 
 
-def lock_at(url: str, grace: float = 1.0) -> PostgresLock:
-    return PostgresLock(url, poll=0.05, interval=0.2, answer=0.5, grace=grace)
+def lock_at(url: str, grace: float = 1.0, answer: float = 30.0) -> PostgresLock:
+    return PostgresLock(url, poll=0.05, interval=0.2, answer=answer, grace=grace)
 
 
 def take(lock: PostgresLock) -> PostgresLease:
@@ -438,7 +439,7 @@ def test_a_server_that_is_stopped_holds_up_nobody_for_long(
     own_server: PostgresServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     url = own_server.create_database()
-    lock = lock_at(f"{url}?connect_timeout=2", grace=60)
+    lock = lock_at(f"{url}?connect_timeout=2", grace=60, answer=0.5)
     lease, other = take(lock), take(PostgresLock(url, lock_key="other"))
     own_server.pause()
     try:

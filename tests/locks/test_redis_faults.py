@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import signal
 import threading
 import time
@@ -98,7 +99,7 @@ class Scene:
     server: RedisServer
     fork_server: ForkServer
     tmp_path: Path
-    ttl: float = 3.0
+    ttl: float = 30.0  # a lease that nobody renews outlasts a busy machine
     renew: float = 0.5
     project: str = attrs.field(factory=lambda: f"project-{uuid.uuid4().hex[:12]}")
 
@@ -177,7 +178,7 @@ def words(line: str) -> list[str]:
 
 
 def test_a_killed_holder_frees_the_lock_within_the_ttl_also_when_a_worker_outlives_it(scene):
-    holder = scene.holder()
+    holder = attrs.evolve(scene, ttl=3.0).holder()
     _, _, fence = words(holder.wait_for("held"))
     holder.tell("fork")
     holder.wait_for("forked")
@@ -190,7 +191,7 @@ def test_a_killed_holder_frees_the_lock_within_the_ttl_also_when_a_worker_outliv
 
 
 def test_a_holder_that_was_stopped_for_longer_than_the_ttl_writes_nothing_more(scene):
-    holder = scene.holder()
+    holder = attrs.evolve(scene, ttl=3.0).holder()
     holder.wait_for("held")
     wait_until(lambda: scene.path.exists() and scene.fences())
     holder.tell("pause")
@@ -258,23 +259,28 @@ def test_a_pause_that_the_ttl_outlasts_costs_nothing(scene, monkeypatch):
 
 def test_a_callback_that_takes_longer_than_the_ttl_does_not_expire_the_lock(redis_server):
     """What a user does in `on_stop` may take minutes: renewals have a thread of their own."""
-    lock = RedisLock(redis_server.url, ttl=1.5, renew=0.3, guard=False)
+    lock = RedisLock(redis_server.url, ttl=30, renew=0.1, guard=False)
     done, entered = threading.Event(), threading.Event()
 
     def save(request: object) -> None:
         entered.set()
         done.wait(60)
 
+    project = f"slow-{uuid.uuid4().hex}"
+    left = [math.inf]
+
+    def was_renewed() -> bool:
+        left.append(float(redis_server.execute("PTTL", f"orchard-infra:{{{project}}}:lock")))
+        return left[-1] > left[-2]
+
     manager = InfrastructureManager(locker=lock, sanitizer=None)
-    with managed_environment(f"slow-{uuid.uuid4().hex}", manager=manager) as env:
+    with managed_environment(project, manager=manager) as env:
         env.on_stop(save)
         env.request_stop("enough")
         assert entered.wait(60)
-        until = time.monotonic() + 2 * lock.ttl
-        wait_until(lambda: time.monotonic() > until)
+        for _ in range(3):
+            wait_until(was_renewed)
         assert not done.is_set()
-        # Without asking the server, which would renew it: what the renewals have left of the ttl.
-        assert env.fence
         assert not env.lock_lost
         done.set()
 
@@ -340,12 +346,12 @@ def test_whoever_waits_for_a_server_that_has_just_started_is_told_and_gets_the_l
     own_server, scene, caplog
 ):
     caplog.set_level(logging.INFO)
-    scene = attrs.evolve(scene, server=own_server, ttl=1.0, renew=0.2)
+    scene = attrs.evolve(scene, server=own_server)
     own_server.restart(keep_data=False)
     with pytest.raises(Exception, match=r"cannot be taken now.*its server has just started.*in \d"):
-        scene.take(guard=True, timeout=0)
-    lease = scene.take(guard=True)
+        scene.take(guard=True, timeout=0.1)
     assert "waiting for the lock" in caplog.text
+    lease = attrs.evolve(scene, ttl=2.0).take(guard=True)
     scene.write(lease)
     lease.release()
 
@@ -415,7 +421,7 @@ def test_a_server_that_does_not_answer_is_suspected_first_and_believed_again(own
 def test_a_server_that_does_not_answer_in_time_has_lost_the_lock_for_good(
     own_server, scene, caplog
 ):
-    scene = attrs.evolve(scene, server=own_server)
+    scene = attrs.evolve(scene, server=own_server, ttl=6.0)
     lease = scene.take()
     with kept(lease) as lost:
         own_server.pause()
@@ -430,7 +436,7 @@ def test_a_server_that_does_not_answer_in_time_has_lost_the_lock_for_good(
             began = time.monotonic()
             lease.release()
             assert time.monotonic() - began < 5
-            assert "frees itself within 3 s" in caplog.text
+            assert "frees itself within 6 s" in caplog.text
         finally:
             own_server.resume()
     with pytest.raises(LockLostError):
@@ -472,7 +478,7 @@ def test_a_replica_that_lags_gives_the_lock_away_with_a_greater_fence(own_server
 def test_a_holder_that_is_cut_off_knows_it_before_anybody_else_has_the_lock(
     network: Network, scene, direction
 ):
-    scene = attrs.evolve(scene, ttl=4.0)
+    scene = attrs.evolve(scene, ttl=6.0)
     server, alpha, beta = network.hosts
     with RedisServer(host=server) as redis:
         holder = alpha.run_python(HOLDER, *scene.arguments(redis.url))
@@ -496,7 +502,7 @@ def test_eight_clients_that_contend_have_it_one_at_a_time(scene):
     def cycles() -> None:
         record = describe_this_run(scene.project)
         with scene.lock.connect() as connection:
-            for _ in range(25):
+            for _ in range(10):
                 while isinstance(lease := connection.try_acquire(scene.key, record), Held):
                     time.sleep(0.005)
                 count, fence = map(int, counter.read_text().split())
@@ -509,4 +515,4 @@ def test_eight_clients_that_contend_have_it_one_at_a_time(scene):
     with contextlib.ExitStack() as stack:
         pids = [stack.enter_context(forked(cycles)) for _ in range(8)]
         assert [exit_status(pid) for pid in pids] == [0] * 8
-    assert counter.read_text().split()[0] == "200"
+    assert counter.read_text().split()[0] == "80"

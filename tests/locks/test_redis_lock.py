@@ -283,7 +283,7 @@ def test_a_user_with_the_rights_that_an_error_names_needs_no_more(redis_server, 
     redis_server.create_user("locks", "hunter2", "resetchannels", *_RIGHTS.split())
     url = redis_server.url_of("locks", "hunter2", 3)
     redis_server.execute("SCRIPT", "FLUSH")
-    lock = RedisLock(url, ttl=1, renew=0.1)  # with the guard
+    lock = RedisLock(url, ttl=3, renew=0.5)  # with the guard
     lease = acquire(attrs.evolve(lock, timeout=60), key, describe_this_run(key.project))
     lease.renew()
     assert lock.holder(key) in lock.runs()
