@@ -38,7 +38,8 @@ _IDLE = 1.0  # seconds without progress, from which on a process waits for somet
 class Look:
     """One process, or a dead run on record, as it is compared with others.
 
-    ``is_relative`` says that the script or the interpreter was named relative to some directory.
+    ``is_relative`` says that the script or the interpreter was named relative to some directory, as
+    a module is.
     ``started_by`` is the command line without the program and its arguments: the interpreter, as
     it was typed, and its options. ``environ`` is the environment that the process was started with,
     None where it cannot be read. Of a dead run only a ``digest`` is known, keyed by its ``run_id``.
@@ -70,8 +71,7 @@ class Look:
             create_time=found.create_time,
             program=resolve(typed, cwd),
             cwd=cwd,
-            is_relative=_is_relative(argv[0])
-            or (typed.kind == "script" and not os.path.isabs(typed.target)),
+            is_relative=_is_relative(argv[0], typed),
             started_by=_started_by(argv, typed),
             environ=processes.read_environ(pid) or None,  # zeros, after a change of the title
             input=input_of(pid),
@@ -102,13 +102,9 @@ class Look:
             if look is None or look.create_time != record.create_time:
                 return None
             return None if look.is_relative and not look.has_not_moved() else look
-        is_absolute = (
-            typed.kind == "script"
-            and os.path.isabs(typed.target)
-            and not _is_relative(record.argv[0])
-        )
+        is_relative = _is_relative(record.argv[0], typed)
         unsure = ""
-        if not is_absolute:
+        if is_relative:
             unsure = "nobody knows in which directory the dead run was started"
         elif record.environment is None:
             unsure = "the environment of the dead run is not on record"
@@ -117,7 +113,7 @@ class Look:
             create_time=record.create_time,
             program=resolve(typed, record.cwd),
             cwd=record.cwd,
-            is_relative=not is_absolute,
+            is_relative=is_relative,
             started_by=_started_by(record.argv, typed),
             digest=record.environment,
             run_id=record.run_id,
@@ -281,9 +277,11 @@ def _started_by(argv: Sequence[str], typed: Program) -> tuple[str, ...]:
     return tuple(argv[: len(argv) - len(typed.arguments) - 1])
 
 
-def _is_relative(interpreter: str) -> bool:
-    """Whether it is found from the working directory, and not by PATH."""
-    return os.path.dirname(interpreter) != "" and not os.path.isabs(interpreter)
+def _is_relative(interpreter: str, typed: Program) -> bool:
+    """Whether what runs depends on the directory in which it was started."""
+    if os.path.dirname(interpreter) and not os.path.isabs(interpreter):
+        return True
+    return typed.kind == "module" or not os.path.isabs(typed.target)
 
 
 def _file_read(look: Look) -> Input | None:

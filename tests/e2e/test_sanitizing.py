@@ -422,6 +422,31 @@ def test_a_step_of_a_matrix_of_interpreters_is_no_twin(tmp_path):
     assert spared[str(same.pid)][0] == "twin"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a real /proc")
+def test_the_same_module_in_another_checkout_is_no_twin(tmp_path):
+    """A program may have left the directory in which Python has found its module."""
+    ghost(tmp_path).stop()  # writes train.py, and the plan
+
+    def start(checkout: str) -> Script:
+        source = "import os, runpy; os.chdir('..'); runpy.run_path('train.py', None, '__main__')"
+        written(tmp_path / checkout / "sweep.py", source)
+        return run_command(
+            tmp_path,
+            [sys.executable, "-m", "sweep"],
+            env={"PWD": str(tmp_path / checkout)},
+            cwd=tmp_path / checkout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    other, same = start("one"), start("two")
+    other.wait_for("ready")
+    same.wait_for("ready")
+    (tmp_path / "plan.json").write_text('{"kill": false}')
+    spared = report_of(start("two"))["spared"]
+    assert spared[str(other.pid)] == ["relative", "started in another directory"]
+    assert spared[str(same.pid)][0] == "twin"
+
+
 def test_a_twin_whose_interpreter_was_typed_otherwise_is_a_twin(tmp_path):
     """As ``python train.py`` and ``/usr/bin/python3 train.py`` are."""
     ghost(tmp_path).stop()  # writes train.py, and the plan
