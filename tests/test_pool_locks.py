@@ -67,6 +67,33 @@ def test_a_pool_whose_lock_has_died_with_a_worker_does_not_hang_the_program(
     assert script.finish() == status, script.transcript()
 
 
+def test_a_pool_that_may_replace_no_worker_during_the_exit_does_not_hang_the_program(tmp_path):
+    script = run_python(
+        tmp_path,
+        """
+        import atexit, multiprocessing, os, signal, sys
+        from orchard_infra import managed_environment
+
+        def refuse():
+            raise RuntimeError("can't fork at interpreter shutdown")
+
+        def end_the_workers():  # as a signal to the whole group does that comes late
+            if sys.version_info[:2] != (3, 12):  # that one refuses by itself
+                os.fork = refuse
+            for worker in tuple(pool._pool):
+                os.kill(worker.pid, signal.SIGKILL)
+            pool._worker_handler.join()
+
+        with managed_environment("x"):
+            pool = multiprocessing.get_context("fork").Pool(2)
+            pool.map(abs, [-1])
+        atexit.register(end_the_workers)
+        """,
+    )
+    assert script.finish() == 0, script.transcript()
+    assert "can't fork at interpreter shutdown" in script.error_output
+
+
 def test_an_idle_pool_that_still_has_its_lock_is_ended_by_python_alone(tmp_path):
     script = run_python(
         tmp_path,

@@ -5,6 +5,9 @@ the lock of the queue of tasks: an idle worker holds it while it waits for one. 
 the lock of the queue of results, or in the middle of a message. Python then waits without a limit
 before it ends the pool. A program without a handler ends by the same signal. One that unwinds,
 because of our handler or its own, would stay there for ever.
+
+In Python 3.12 the thread of the pool that replaces such workers dies itself if the exit has begun
+meanwhile. The other threads of the pool, and the program, would wait for its last word for ever.
 """
 
 from __future__ import annotations
@@ -64,6 +67,10 @@ def _free(pool: Mapping[str, Any]) -> None:
         return
     inqueue, outqueue = pool["inqueue"], pool["outqueue"]
     task_handler, result_handler = pool["task_handler"], pool["result_handler"]
+    if not pool["worker_handler"].is_alive():
+        # This is its last act, which it has skipped if it died: Python 3.12 refuses to fork, and
+        # so to replace a worker, once the exit has begun. A second None is not even read.
+        pool["taskqueue"].put(None)
     freed = _release_orphan(outqueue._wlock)
     # Where a worker died in the middle of a message, `recv` would take its rest for the next one.
     if not task_handler.is_alive() or _drain(inqueue):

@@ -59,7 +59,9 @@ def test_however_the_program_ends_no_pool_hangs_it(tmp_path, runtime_directory, 
     if ending == "normal end":
         assert script.error_output == ""
     elif not ending.startswith("Ctrl-C"):  # interrupted workers print tracebacks of their own
-        assert script.error_output.count("Traceback") == (ending == "exception")
+        # A pool tries to replace its workers during the exit, too, and Python 3.12 refuses that.
+        refused = script.error_output.count("can't fork at interpreter shutdown")
+        assert script.error_output.count("Traceback") == (ending == "exception") + refused
     assert is_released(script, runtime_directory, ending)
     if ending == "kill -9":
         # The forked ones hold the lock. The next start of the program stops them.
