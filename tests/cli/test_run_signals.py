@@ -54,10 +54,12 @@ def test_a_signal_to_the_wrapper_is_passed_on(wrapper: Wrapper, name: str) -> No
 def test_a_signal_that_the_command_may_not_be_sent_does_not_end_the_wrapper(tmp_path: Path) -> None:
     """A command such as sudo is a process of another user."""
     source = """
-        import os, sys
+        import os, signal, sys
         from orchard_infra.cli import main
-        def refuse(pid, signum):
-            raise PermissionError(1, "Operation not permitted")
+        def refuse(pid, signum, kill=os.kill):
+            if signum == signal.SIGUSR1:
+                raise PermissionError(1, "Operation not permitted")
+            kill(pid, signum)
         os.kill = refuse
         sys.argv = ["orchard-infra", "run", "-p", "digits", "--", *sys.argv[1:]]
         main()
