@@ -157,7 +157,7 @@ JOBLIB = """
     ],
 )
 def test_a_stop_of_a_sweep_by_joblib_reaches_its_workers_if_the_program_has_an_environment(
-    tmp_path, needs, side, ending, status
+    tmp_path, runtime_directory, needs, side, ending, status
 ):
     needs("hydra_plugins.hydra_joblib_launcher")
     script = start(tmp_path, JOBLIB, *WITH_JOBLIB, SIDE=side)
@@ -165,6 +165,10 @@ def test_a_stop_of_a_sweep_by_joblib_reaches_its_workers_if_the_program_has_an_e
     assert script.returncode == status, script.transcript()
     if side == "both" and ending != "kill -9":
         assert all_gone(workers)
+        locks = {path.stem for path in runtime_directory.glob("locks/*.lock")}
+        assert "sweep" not in locks
+        # Only the program got it, and joblib kills the workers with SIGKILL.
+        assert locks or ending != "SIGTERM", "the jobs were released: say so on the page"
     else:
         assert workers, "they ended with the program: say so on the page"
 

@@ -55,11 +55,11 @@ RAY = """
         print("went on")
 """
 
-# Ray puts a handler of its own over ours. With its servers gone it aborts, after the release or
-# before it.
+# Ray puts a handler of its own over ours. After a SIGTERM it may abort while Python exits, also
+# without us; with its servers gone even before the release.
 RAYS_OWN = {
     "Ctrl-C": {1, -signal.SIGINT},
-    "SIGTERM": {int(signal.SIGTERM)},
+    "SIGTERM": {int(signal.SIGTERM), -signal.SIGABRT},
     "SIGTERM to the group": {int(signal.SIGTERM), -signal.SIGABRT},
 }
 
