@@ -126,7 +126,7 @@ class LockPath(NamedTuple):
     given: str
 
 
-@attrs.frozen
+@attrs.frozen(repr=False)
 class Settings:
     """The checked contents of a configuration. ``lock_path`` is absolute; ``lock_path_given`` is
     the path before that, see `LockPath`.

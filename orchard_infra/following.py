@@ -353,7 +353,6 @@ class Job:
         return record.project == self.record.project or record.lock == str(self.key.path)
 
 
-@attrs.define(eq=False, repr=False)
 class _Rank0:
     """What a waiting rank has seen of rank 0 on its own host.
 
@@ -363,17 +362,15 @@ class _Rank0:
     ``since`` is when this process was started, in epoch seconds.
     """
 
-    _job: Job
-    runs: list[RegisteredRun] = attrs.field(factory=list, init=False)
-    project: str | None = attrs.field(default=None, init=False)
-    known: set[ProcessIdentity] = attrs.field(factory=set, init=False)
-    can_be_seen: bool = attrs.field(default=False, init=False)
-    has_gone: bool = attrs.field(default=False, init=False)
-    since: float = attrs.field(init=False)
-    _look_around_at: float = attrs.field(default=0.0, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.since = time.time() - (processes.now() - self._job.record.create_time)
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.runs: list[RegisteredRun] = []
+        self.project: str | None = None
+        self.known: set[ProcessIdentity] = set()
+        self.can_be_seen = False
+        self.has_gone = False
+        self.since = time.time() - (processes.now() - job.record.create_time)
+        self._look_around_at = 0.0
 
     def look(self) -> None:
         """Look at the records. Whether it has gone is asked first: then all that it has left to

@@ -159,8 +159,8 @@ class Report:
     prepare_seconds: float = 0.0
     waited_seconds: float = 0.0
     release_seconds: float = 0.0
-    sanitized: SanitizeReport = attrs.field(factory=SanitizeReport)
-    leftovers: SanitizeReport = attrs.field(factory=SanitizeReport)
+    sanitized: SanitizeReport = SanitizeReport()
+    leftovers: SanitizeReport = SanitizeReport()
     flushed: FlushReport | None = None
     collected: CleanReport | None = None
     cleaned: CleanReport | None = None

@@ -36,7 +36,7 @@ from orchard_infra.system.masking import uninterrupted
 
 _MODE = 0o644  # others may read who has the lock
 _LOCK_NAMES = (".lock", ".lck", ".pid")
-_PID = re.compile(rb"\s*\d{1,10}\s*")  # a list of numbers is somebody's data
+_PID = rb"\s*\d{1,10}\s*"  # a list of numbers is somebody's data
 _FREE = RECORD_START + b' "free": true}\n'
 
 # fmt: off
@@ -153,7 +153,7 @@ class FileLock:
         return queue.Place(key.path)
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, repr=False)
 class FileLease:
     """A lock file that is held by this process.
 
@@ -441,7 +441,7 @@ def refuse_foreign(fd: int, path: Path) -> None:
         return
     # A power loss leaves zeros, or a part of a record; other programs leave an empty file or a pid.
     text = data.strip(b"\0")
-    broken = RECORD_START.startswith(text) or not text.strip() or _PID.fullmatch(text) is not None
+    broken = RECORD_START.startswith(text) or not text.strip() or re.fullmatch(_PID, text)
     if not broken or len(data) > RECORD_LIMIT:
         raise InfrastructureError(
             f"{path} exists and is no lock file ({stat.st_size} bytes that are no run record); "

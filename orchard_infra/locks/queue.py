@@ -35,16 +35,16 @@ _SILENT = 5.0  # seconds after which a waiter that does not touch its ticket is 
 _FLAGS = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-@attrs.define(eq=False, repr=False)
 class Place:
     """The place of one waiter, from ``__enter__`` to ``__exit__``. See `base.Place`."""
 
-    lock_path: Path
-    _directory: str = attrs.field(default="", init=False)
-    _came: int = attrs.field(default=0, init=False)  # monotonic, in nanoseconds
-    _ticket: _Ticket | None = attrs.field(default=None, init=False)
-    _before: _Ticket | None = attrs.field(default=None, init=False)  # the nearest that waits
-    _look_at: float = attrs.field(default=0.0, init=False)  # monotonic
+    def __init__(self, lock_path: Path) -> None:
+        self.lock_path = lock_path
+        self._directory = ""
+        self._came = 0  # monotonic, in nanoseconds
+        self._ticket: _Ticket | None = None
+        self._before: _Ticket | None = None  # the nearest that waits
+        self._look_at = 0.0  # monotonic
 
     def __enter__(self) -> Place:
         self._came = time.monotonic_ns()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Mapping
 
 from orchard_infra.system import processes
@@ -53,8 +52,8 @@ IGNORED_VARIABLES = (
     "WINDOWID",
     "XDG_SESSION_ID",
 )
-_ignored_pattern = "|".join(re.escape(name).replace(r"\*", ".*") for name in IGNORED_VARIABLES)
-_is_ignored_entry = re.compile(f"(?:{_ignored_pattern})=.*".encode(), re.DOTALL).fullmatch
+_ignored = frozenset(name.encode() for name in IGNORED_VARIABLES if not name.endswith("*"))
+_ignored_prefixes = tuple(name[:-1].encode() for name in IGNORED_VARIABLES if name.endswith("*"))
 
 
 def comparable(environ: Mapping[str, str]) -> dict[str, str]:
@@ -63,8 +62,7 @@ def comparable(environ: Mapping[str, str]) -> dict[str, str]:
     >>> comparable({"SEED": "1", "PWD": "/home/me", "SSH_TTY": "/dev/pts/3"})
     {'SEED': '1'}
     """
-    is_ignored = re.compile(_ignored_pattern, re.DOTALL).fullmatch  # here: few need it
-    return {name: value for name, value in environ.items() if not is_ignored(name)}
+    return {n: value for n, value in environ.items() if not _is_ignored(os.fsencode(n))}
 
 
 def environment_digest(source: int | bytes | Mapping[str, str] | None, run_id: str) -> str | None:
@@ -95,9 +93,12 @@ def _own_canonical() -> bytes:
 
 def _canonical(raw: bytes) -> bytes:
     """The entries that count, sorted: shells export in any order."""
-    return b"\0".join(
-        sorted(entry for entry in raw.split(b"\0") if entry and not _is_ignored_entry(entry))
-    )
+    entries = (entry for entry in raw.split(b"\0") if entry)
+    return b"\0".join(sorted(e for e in entries if not _is_ignored(e.partition(b"=")[0])))
+
+
+def _is_ignored(name: bytes) -> bool:
+    return name in _ignored or name.startswith(_ignored_prefixes)
 
 
 def _digest(canonical: bytes, run_id: str) -> str | None:

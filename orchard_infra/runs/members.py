@@ -28,7 +28,7 @@ from orchard_infra.system.processes import ProcessIdentity
 SUFFIX = ".members"
 _LIMIT = 2**20  # bytes that are read
 _GROWN = 1000  # lines: a longer file is written anew without those that are of no use any more
-_LINE = re.compile(rb"(\d{1,10}) (\d{1,12}(?:\.\d{1,20})?) (inside|before)")  # a torn line is none
+_LINE = rb"(\d{1,10}) (\d{1,12}(?:\.\d{1,20})?) (inside|before)"  # a torn line is none
 
 
 class FoldedRun(NamedTuple):
@@ -70,7 +70,7 @@ def read_members(path: str) -> Members:
         os.close(fd)
     found, before, folded = set(), set(), []
     for line in lines:
-        match = _LINE.fullmatch(line)
+        match = re.fullmatch(_LINE, line)
         if match is not None:
             identity = ProcessIdentity(int(match[1]), float(match[2]))
             found.add(identity)

@@ -27,7 +27,7 @@ _LASTS = 86400.0  # seconds, where nobody can tell whether the launcher lives
 Outcome = Literal["locked", "failed", "left", "stopped"]
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Notice:
     """What became of rank 0, whose record this has.
 

@@ -18,11 +18,12 @@ Role = Literal["worker", "forkserver", "tracker"]
 # python -c "from multiprocessing.forkserver import main; main(...)", and so do its workers
 # python -c "from joblib.externals.loky.backend.resource_tracker import main; main(9, False)"
 # python -m joblib.externals.loky.backend.popen_loky_posix --process-name ...
-_CODE = re.compile(
+# Compiled when they are first needed: most programs have no such processes.
+_CODE = (
     rb"\0-c\0from (?:[\w.]+\.)?(?:multiprocessing|multiprocess|billiard|loky\.backend)\."
     rb"(spawn|forkserver|resource_tracker|semaphore_tracker) import (?:spawn_main|main)\b"
 )
-_LOKY = re.compile(rb"\0-m\0(?:[\w.]+\.)?loky\.backend\.popen_loky_\w+\0")
+_LOKY = rb"\0-m\0(?:[\w.]+\.)?loky\.backend\.popen_loky_\w+\0"
 _FROZEN = b"\0--multiprocessing-fork\0"  # PyInstaller and others: the program itself, with this
 
 
@@ -30,11 +31,11 @@ def role_of(cmdline: bytes) -> Role | None:
     """What a process with this command line is in a pool, or None. A worker of a forkserver cannot
     be told from the server by that.
     """
-    code = _CODE.search(cmdline)
+    code = re.search(_CODE, cmdline)
     if code is not None:
         if code[1].endswith(b"tracker"):
             return "tracker"
         return "forkserver" if code[1] == b"forkserver" else "worker"
-    if _LOKY.search(cmdline) or _FROZEN in cmdline:
+    if re.search(_LOKY, cmdline) or _FROZEN in cmdline:
         return "worker"
     return None

@@ -13,9 +13,7 @@ import os
 import select
 import stat
 import struct
-from typing import Literal
-
-import attrs
+from typing import Literal, NamedTuple
 
 from orchard_infra.sanitizing.programs import might_be_python
 from orchard_infra.system import processes
@@ -28,8 +26,7 @@ _QUEUES, _SHUTDOWN = 4, 6  # attributes of an answer
 _NO_MORE_TO_READ = 1  # RCV_SHUTDOWN: the other end was closed, or shut down for writing
 
 
-@attrs.frozen
-class Input:
+class Input(NamedTuple):
     """A standard input that may decide what a process does, by device and inode."""
 
     kind: Literal["file", "pipe", "socket"]

@@ -27,7 +27,7 @@ _INTERPRETER = re.compile(
 # The same at the start of a raw command line.
 _RAW_INTERPRETER = re.compile(rb"(?:[^\0]*[/\\])?" + _INTERPRETER.pattern.encode() + rb"(?:\0|\Z)")
 
-_VERSION = re.compile(r"-?\d[\d.]*\Z")
+_VERSION = r"-?\d[\d.]*\Z"
 
 # Short options without an argument that leave a program to run; the union over 3.10 to 3.14, see
 # Python/getopt.c and "Command line and environment" of the Python manual. Missing on purpose: c
@@ -71,9 +71,7 @@ _BUNDLED = frozenset((
 # fmt: on
 
 # What is left of the path of an installed file: its package, and so on.
-_INSTALLED = re.compile(
-    r".*/(?:site-packages|dist-packages|lib(?:64)?/python\d\.\d+t?)/([^/]+).*", re.DOTALL
-)
+_INSTALLED = r"(?s).*/(?:site-packages|dist-packages|lib(?:64)?/python\d\.\d+t?)/([^/]+).*"
 
 
 @attrs.frozen(repr=False)
@@ -221,11 +219,11 @@ def _runs_other_code(kind: Literal["script", "module"], target: str) -> bool:
     path = target.replace(os.sep, "/")
     if not _BUNDLED.isdisjoint(path.split("/")):
         return True
-    installed = _INSTALLED.fullmatch(path)
+    installed = re.fullmatch(_INSTALLED, path)
     if installed is not None and _runs_other_code("module", installed[1].removesuffix(".py")):
         return True
     name = path.rpartition("/")[2].removesuffix(".exe").removesuffix("-script.py")
     if name.endswith(".py"):
         return False  # somebody's own trace.py is a program
-    name = _VERSION.sub("", name)  # ipython3, pytest-3, coverage-3.11
+    name = re.sub(_VERSION, "", name)  # ipython3, pytest-3, coverage-3.11
     return name in _RUNNER_SCRIPTS or _runs_other_code("module", name)

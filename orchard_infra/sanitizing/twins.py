@@ -34,7 +34,7 @@ _NAMED = 3  # variables in a message
 _IDLE = 1.0  # seconds without progress, from which on a process waits for something else
 
 
-@attrs.frozen(repr=False)
+@attrs.frozen(eq=False, repr=False)
 class Look:
     """One process, or a dead run on record, as it is compared with others.
 

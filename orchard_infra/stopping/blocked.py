@@ -58,19 +58,19 @@ class _Unanswered:
     seconds: float = 0.0
 
 
-@attrs.define(eq=False, repr=False)
 class _Listener:
     """Knows which signals the main thread has not answered to. There is one wakeup fd in a process,
     so there is one listener.
     """
 
-    users: int = 0
-    pipe: tuple[int, int] | None = None
-    answers: dict[int, float] = attrs.field(factory=dict)  # when a handler ran, by signal
-    looked_at: float = -math.inf
-    unanswered: dict[int, _Unanswered] = attrs.field(factory=dict)
-    # What was asked must stay where it is until it is answered: sem_post(3) writes to it.
-    asked: list[_Question] = attrs.field(factory=list)
+    def __init__(self) -> None:
+        self.users = 0
+        self.pipe: tuple[int, int] | None = None
+        self.answers: dict[int, float] = {}  # when a handler ran, by signal
+        self.looked_at = -math.inf
+        self.unanswered: dict[int, _Unanswered] = {}
+        # What was asked must stay where it is until it is answered: sem_post(3) writes to it.
+        self.asked: list[_Question] = []
 
     def open(self) -> None:
         """Take the wakeup fd, unless somebody has it.
@@ -209,9 +209,8 @@ def end_by_default(signum: int) -> None:
 def _start_anew() -> None:
     """In a forked child: its signals are not its parent's, who would be taken for deaf."""
     global _listener
-    listener = _listener
-    # Its calls are still pending here.
-    _listener = _Listener(asked=listener.asked)
+    listener, _listener = _listener, _Listener()
+    _listener.asked = listener.asked  # its calls are still pending here
     with contextlib.suppress(OSError):
         listener.close()
 

@@ -150,7 +150,6 @@ class SignalStop:
         return SignalWatch(self, env)
 
 
-@attrs.define(eq=False, repr=False)
 class SignalWatch(Takeover):
     """The live side of `SignalStop`, for one environment.
 
@@ -158,29 +157,26 @@ class SignalWatch(Takeover):
     around it are set as well. When it ends they get what it held, or took for a mere flag.
     """
 
-    config: SignalStop
-    env: Environment
-    _signalled: int | None = attrs.field(default=None, init=False)
-    _raised: bool = attrs.field(default=False, init=False)
-    _under_way: Callable[[], object] = attrs.field(default=lambda: None, init=False)
-    _holding: bool = attrs.field(default=False, init=False)
-    _hold_until: float = attrs.field(default=0.0, init=False)  # monotonic, as all times here
-    _tried_since: float = attrs.field(default=math.inf, init=False)
-    _held: list[int] = attrs.field(factory=list, init=False)
-    _deadline: float = attrs.field(default=math.inf, init=False)
-    _again: float = attrs.field(default=math.inf, init=False)  # when what is held is sent again
-    _heeded: dict[int, float] = attrs.field(factory=dict, init=False)  # when, by signal
-    _nudged: set[int] = attrs.field(factory=set, init=False)  # signals sent to a deaf main thread
-    _listens: bool = attrs.field(default=False, init=False)
-    _task: Task = attrs.field(init=False)
-    _lookout: Task = attrs.field(init=False)
-    _pools: Task = attrs.field(init=False)
-    _stuck_pool: StuckPool = attrs.field(factory=StuckPool, init=False)
-
-    def __attrs_post_init__(self) -> None:
+    def __init__(self, config: SignalStop, env: Environment) -> None:
+        super().__init__()
+        self.config = config
+        self.env = env
+        self._signalled: int | None = None
+        self._raised = False
+        self._under_way: Callable[[], object] = lambda: None
+        self._holding = False
+        self._hold_until = 0.0  # monotonic, as all times here
+        self._tried_since = math.inf
+        self._held: list[int] = []
+        self._deadline = math.inf
+        self._again = math.inf  # when what is held is sent again
+        self._heeded: dict[int, float] = {}  # when, by signal
+        self._nudged: set[int] = set()  # signals sent to a deaf main thread
+        self._listens = False
         self._task = Task(self._signal_if_due)
-        self._pools = Task(self._look_at_pools, time.monotonic() + _POOLS)
         self._lookout = Task(self._look_at_main_thread)
+        self._pools = Task(self._look_at_pools, time.monotonic() + _POOLS)
+        self._stuck_pool = StuckPool()
 
     def __enter__(self) -> None:
         """Take over the default handlers, all or none, also when a signal arrives meanwhile.

@@ -20,8 +20,6 @@ from signal import Signals
 from types import CodeType, FrameType
 from typing import Any
 
-import attrs
-
 from orchard_infra.stopping import blocked
 from orchard_infra.system.masking import is_in_main_thread, keep_away, uninterrupted
 
@@ -59,7 +57,6 @@ _THRESHOLD_LASTS = 0.1  # seconds to wait while an environment is being entered 
 _taken: set[int] = set()  # the signals that this process has ever taken over
 
 
-@attrs.define(eq=False, repr=False)  # signal.getsignal calls the repr
 class Takeover:
     """Default handlers, replaced from `take_over` until `give_back`; subclasses `act` instead.
 
@@ -67,10 +64,11 @@ class Takeover:
     Takeovers nest, and may end in any order.
     """
 
-    _pid: int = attrs.field(factory=os.getpid, init=False)
-    _ended: bool = attrs.field(default=False, init=False)
-    _previous: dict[int, Any] = attrs.field(factory=dict, init=False)
-    _busy_until: float = attrs.field(default=0.0, init=False)  # monotonic
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._ended = False
+        self._previous: dict[int, Any] = {}
+        self._busy_until = 0.0  # monotonic
 
     @property
     def is_live(self) -> bool:
@@ -259,7 +257,6 @@ def _arrivals() -> Iterator[list[int]]:
         os.close(write)
 
 
-@attrs.define(eq=False, repr=False)
 class _Fork:
     """Around a fork: the child gets the handlers of before, and no signal between is lost.
 
@@ -267,9 +264,10 @@ class _Fork:
     terminated as soon as they were started, none died, while a handler was installed.
     """
 
-    under_way: list[bool] = attrs.field(factory=list)
-    ctrl_c: list[Any] = attrs.field(factory=list)  # its handler, while another one is in its place
-    masks: list[set[int]] = attrs.field(factory=list)  # one, of what is blocked meanwhile, or none
+    def __init__(self) -> None:
+        self.under_way: list[bool] = []
+        self.ctrl_c: list[Any] = []  # its handler, while another one is in its place
+        self.masks: list[set[int]] = []  # one, of what is blocked meanwhile, or none
 
     def register(self) -> None:
         os.register_at_fork(before=self.before, after_in_child=self.in_child)
