@@ -40,7 +40,7 @@ from orchard_infra.locks.base import ServerLock
 from orchard_infra.locks.postgres import PostgresLease
 from orchard_infra.runs.record import describe_this_run
 from orchard_infra.system.masking import uninterrupted
-from servers import PostgresServer, _as_postgres, program
+from servers import PostgresServer, _as_postgres, _some_port, program
 from support import require_module, run_command, run_python, wait_until
 
 require_module("psycopg")
@@ -292,9 +292,7 @@ def test_a_pooler_that_shares_sessions_is_refused(
     pgbouncer = program("pgbouncer")
     if pgbouncer is None:
         pytest.skip("needs pgbouncer: run scripts/install-test-servers")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = _some_port("127.0.0.1")
     config = postgres.directory / f"pgbouncer-{port}.ini"
     config.write_text(
         f"[databases]\n* = host=127.0.0.1 port={postgres.port} user=postgres\n[pgbouncer]\n"

@@ -346,6 +346,14 @@ def breaking_once(target: tuple[str, int]) -> Iterator[str]:
         thread.join()
 
 
+def test_a_first_answer_has_more_time_than_a_renewal_with_a_short_ttl(
+    own_redis: RedisServer, admin: Any
+) -> None:
+    lock = RedisLock(own_redis.url, ttl=1, renew=0.1, guard=False)
+    admin.execute_command("CLIENT", "PAUSE", round(3000 * lock.patience))
+    take(lock, some_key()).release()
+
+
 def test_an_impossible_name_of_a_host_is_one_clear_error() -> None:
     host = f"{'a' * 70}.example"
     for url in (f"redis://:hunter2@{host}/0", f"postgresql://ada:hunter2@{host}/locks"):
