@@ -176,8 +176,8 @@ def test_a_waiter_can_be_interrupted(tmp_path):
 
 
 def test_a_waiter_costs_little_and_is_served_soon(tmp_path):
-    """About 1 % of a core while waiting, as the kernel counts it, measured in benchmarks/. The bound
-    is generous here, since this machine is shared: a look takes longer then.
+    """About 1 % of a core while waiting, as the kernel counts it, measured in benchmarks/. The
+    bound is generous here, since this machine is shared: a look takes longer then.
     """
     path = tmp_path / "x.lock"
     lease = take(path)
