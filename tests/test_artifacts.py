@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from orchard_infra.artifacts import sweeping
-from orchard_infra.artifacts.sweeping import SweepOnly, collect, would_collect
+from orchard_infra.artifacts.sweeping import collect, sweep, would_collect
 from orchard_infra.artifacts.temporary import TemporaryArtifacts
 from orchard_infra.environment import Environment
 from orchard_infra.errors import InfrastructureError
@@ -655,11 +655,8 @@ class TestADeadRun:
         assert list(base.iterdir()) == []
         assert (report.removed, report.failures) == ((tmp_dir,), ())
 
-    @pytest.mark.parametrize("strategy", ["artifacts", "sweep"])
     @pytest.mark.parametrize("is_leader", [True, False])
-    def test_loses_it_to_the_next_run_of_whoever_leads(
-        self, base: Path, strategy: str, is_leader: bool
-    ) -> None:
+    def test_loses_it_to_the_next_run_of_whoever_leads(self, base: Path, is_leader: bool) -> None:
         record = attrs.evolve(
             describe_this_run("digits"),
             tmp_dir=str(base / f"orchard-infra-{RUN_ID}"),
@@ -670,11 +667,9 @@ class TestADeadRun:
         env._dead = [RegisteredRun(record, RunState.DEAD)]
         before = set(base.iterdir())
 
-        chosen = TemporaryArtifacts(base=base) if strategy == "artifacts" else SweepOnly()
-        with chosen.around(env):
+        with TemporaryArtifacts(base=base).around(env):
             assert left.exists() is not is_leader
-            made = set(base.iterdir()) - before
-            assert len(made) == (strategy == "artifacts")
+            assert len(set(base.iterdir()) - before) == 1
 
         if is_leader:
             assert env.report.collected is not None
@@ -691,8 +686,7 @@ class TestADeadRun:
         env = environment("f" * 16)
         env._dead = [RegisteredRun(record, RunState.DEAD)]
 
-        with SweepOnly().around(env):
-            pass
+        sweep(env)
 
         [warning] = caplog.records
         assert warning.getMessage().startswith(f"what dead runs left: {link}: a symbolic link")
@@ -707,10 +701,8 @@ class TestADeadRun:
         )
         outside = signal_mask()
         with uninterrupted():
-            around = SweepOnly().around(environment())
-            around.__enter__()
+            sweep(environment())
             assert signal_mask() != outside
-        leave(around)
 
         assert masks == [outside]
 

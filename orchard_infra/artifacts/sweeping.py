@@ -5,16 +5,13 @@ Files are removed on proof, as processes are stopped on proof.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
-
-import attrs
 
 from orchard_infra.artifacts.removing import CAN_WALK, Removal, is_open, is_ours, opened_directory
 from orchard_infra.environment import Environment
@@ -41,22 +38,6 @@ class DeadRun(Protocol):
 
     @property
     def tmp_dir(self) -> str | None: ...
-
-
-@attrs.frozen
-class SweepOnly:
-    """Removes what dead runs left, and makes no directory for this run.
-
-    For a command that makes an environment of its own. ``private_shm`` is that of
-    `TemporaryArtifacts`.
-    """
-
-    private_shm: bool = attrs.field(default=False, kw_only=True)
-
-    @contextlib.contextmanager
-    def around(self, env: Environment) -> Iterator[None]:
-        sweep(env, private_shm=self.private_shm)
-        yield
 
 
 def sweep(env: Environment, *, private_shm: bool = False) -> None:

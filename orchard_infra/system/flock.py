@@ -22,7 +22,9 @@ def lock_descriptor(fd: int, *, shared: bool = False) -> bool:
         OSError: The file system has no such locks.
     """
     try:
-        _locker().lock(fd, _lock_flags(shared))
+        _lock()(fd, _lock_flags(shared))
+    except (BlockingIOError, PermissionError):  # EAGAIN, or EACCES on some network file systems
+        return False
     except _portalocker().exceptions.AlreadyLocked:
         return False
     except _portalocker().exceptions.LockException as error:
@@ -55,13 +57,20 @@ def _portalocker() -> Any:
 
 
 @functools.cache
-def _locker() -> Any:
-    """flock(2) itself. `portalocker.lock` checks the same two flags anew each time, which costs
-    five times as much, and follows whoever has set its LOCKER.
+def _lock() -> Any:
+    """What portalocker calls for flock(2). Its own `lock` checks the same two flags at every call,
+    which takes longer than the call, and follows whoever has set its LOCKER.
     """
     if sys.platform == "win32":
-        return _portalocker()
-    return _portalocker().FlockLocker()
+        return _portalocker().lock
+    return _portalocker().FlockLocker().locker
+
+
+@functools.cache
+def _unlock() -> Any:
+    if sys.platform == "win32":
+        return _portalocker().unlock
+    return _portalocker().FlockLocker().unlock
 
 
 @functools.cache  # arithmetic with enum flags costs more than flock(2)
@@ -72,4 +81,4 @@ def _lock_flags(shared: bool) -> Any:
 
 def unlock_descriptor(fd: int) -> None:
     """Give the lock back at once. Closing would not, while a forked child has the descriptor."""
-    _locker().unlock(fd)
+    _unlock()(fd)

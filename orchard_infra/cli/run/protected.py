@@ -307,14 +307,17 @@ class _Sanitizer:
 
 
 class _Sweeper:
-    """`SweepOnly`, loaded where dead runs may have left something."""
+    """Removes what dead runs left, and makes no directory: the command has an environment of its
+    own, or none.
+    """
 
-    def around(self, env: Environment) -> AbstractContextManager[object]:
-        if not env.dead_runs:
-            return contextlib.nullcontext()
-        from orchard_infra.artifacts.sweeping import SweepOnly
+    @contextlib.contextmanager
+    def around(self, env: Environment) -> Iterator[None]:
+        if env.dead_runs:
+            from orchard_infra.artifacts.sweeping import sweep
 
-        return SweepOnly().around(env)
+            sweep(env)
+        yield
 
 
 def tell(text: str) -> None:
