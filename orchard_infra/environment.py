@@ -97,6 +97,8 @@ class Environment:
     _lost: LockLostError | None = attrs.field(default=None, init=False, repr=False)
     _requested: StopRequest | None = attrs.field(default=None, init=False, repr=False)
     _signals_raise: bool = attrs.field(default=False, init=False, repr=False)  # so says the stopper
+    # Whether who started this process passes each signal of its group on to it: it comes twice.
+    _signals_come_twice: bool = attrs.field(default=False, init=False, repr=False)
     _agreed: bool = attrs.field(default=False, init=False, repr=False)
     _callbacks: Callbacks[StopRequest] = attrs.field(init=False, repr=False)
     _announcement: Task = attrs.field(init=False, repr=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 from submitit.core.job_environment import JobEnvironment, SignalHandler
+from submitit.local.local import LocalJobEnvironment
 
 from orchard_infra.environment import Environment
 from orchard_infra.system.masking import is_in_main_thread
@@ -73,6 +74,9 @@ class _Handlers:
             if isinstance(getattr(handler, "__self__", None), SignalHandler):
                 self._theirs[signum] = handler
                 signal.signal(signum, self._ask)
+        # At a Ctrl-C the controller of a LocalExecutor interrupts its tasks, which have got it from
+        # the terminal already: the second one was raised, in the middle of the last step.
+        env._signals_come_twice = bool(self._theirs) and LocalJobEnvironment().activated()
 
     def give_back(self) -> None:
         for signum, handler in self._theirs.items():

@@ -106,7 +106,8 @@ class SignalStop:
     In a rank of a distributed job the same signal again, within 5 s, is no second one: a launcher
     passes on what its ranks got as well, and so do schedulers. There ``mode="raise"`` takes Ctrl-C
     over, too, and raises `KeyboardInterrupt` once. A process of a scheduler's job that is no rank
-    is spared the second signal in the same way, but not the second Ctrl-C: that is a person.
+    is spared the second signal in the same way, but not the second Ctrl-C: that is a person. (In a
+    job of submitit's LocalExecutor it is the controller, see `stop_before_requeue`.)
 
     Handlers run in Python only. A main thread that hangs in C, in a collective whose peer has gone,
     is deaf. If it has not come back to Python ``blocked_limit`` seconds after a signal, the default
@@ -294,7 +295,7 @@ class SignalWatch(Takeover):
     def act(self, signum: int, frame: FrameType | None) -> None:
         """See `Takeover.act`."""
         watches = [self, *self._around(signum)]
-        if self._is_repeated(signum):
+        if self._is_repeated(signum, watches):
             for watch in watches:
                 if signum in watch._held:  # it was put off
                     watch._held.remove(signum)
@@ -329,12 +330,13 @@ class SignalWatch(Takeover):
     def _around(self, signum: int) -> list[SignalWatch]:
         return [watch for watch in self.around(signum) if isinstance(watch, SignalWatch)]
 
-    def _is_repeated(self, signum: int) -> bool:
+    def _is_repeated(self, signum: int, watches: Iterable[SignalWatch]) -> bool:
         """Whether this one means nothing new. slurmstepd and the launcher both send it; the second
         one cost the checkpoint.
         """
         launch = self.env.launch
         once = self._is_rank or (launch.shared_compute and signum != signal.SIGINT)
+        once = once or any(watch.env._signals_come_twice for watch in watches)
         if not once and signum not in self._nudged:
             return False
         deadline = self.config.deadline  # when it passes, the signal is sent again

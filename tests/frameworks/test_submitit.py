@@ -131,6 +131,17 @@ def test_a_job_that_is_cancelled_saves_and_a_killed_one_is_followed_by_the_next(
     assert not lock(runtime_directory).exists()
 
 
+def test_a_ctrl_c_that_the_controller_repeats_is_one_request(tmp_path: Path) -> None:
+    script = run_python(tmp_path, EXAMPLE, "--steps", "100000000", "--step-time", "1")
+    job = Submitted(script, tmp_path)
+    task, _ = job.start()
+    os.kill(task, signal.SIGINT)  # from the terminal
+    job.wait_for("stop requested: SIGINT")
+    os.kill(task, signal.SIGINT)  # from the controller, which got it as well
+    job.wait_for("saved after step")
+    assert script.finish() == 0, job.transcript()
+
+
 def test_without_the_context_manager_submitit_decides_what_a_signal_does(
     tmp_path: Path, runtime_directory: Path
 ) -> None:
