@@ -50,7 +50,7 @@ from orchard_infra.runs.registry import RegisteredRun, Registration, RunRegistry
 from orchard_infra.stopping.signals import stop_error, stopped_by
 from orchard_infra.system import background, ending, processes, reserve
 from orchard_infra.system.background import Task
-from orchard_infra.system.exported import export
+from orchard_infra.system.exported import export, look_up
 from orchard_infra.system.masking import child_signals_deferred, interruptible, uninterrupted
 from orchard_infra.telling import tell_prepared, tell_released
 
@@ -442,7 +442,7 @@ class Session:
 
         Without this a child of a run would wait for its own parent.
         """
-        started_in = os.environ.get(RUN_ID_VARIABLE)
+        started_in = look_up(RUN_ID_VARIABLE)
         if not started_in or self.locker is None or not self.launch.is_leader:
             return None
         holder = self.locker.holder(self._key)

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from orchard_infra.system.exported import export
+from orchard_infra.system.exported import export, look_up
 from support import succeeds_in_a_fork
 
 NAME = "ORCHARD_TEST_EXPORTED"
@@ -148,3 +148,13 @@ def test_threads_that_overlap_leave_the_value_of_before(before: str | None) -> N
     for thread in threads:
         thread.join()
     assert current() == before
+
+
+def test_a_variable_is_looked_up_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ORCHARD_TEST", raising=False)
+    assert look_up("ORCHARD_TEST") is None
+    for value in ("", "a=b", "gr\u00fcn"):
+        os.environ["ORCHARD_TEST"] = value
+        assert look_up("ORCHARD_TEST") == value
+    del os.environ["ORCHARD_TEST"]
+    assert look_up("ORCHARD_TEST") is None

@@ -17,6 +17,7 @@ import attrs
 from orchard_infra.errors import InfrastructureError
 from orchard_infra.runs.environ import own_environment_digest
 from orchard_infra.system import files, processes
+from orchard_infra.system.exported import look_up
 from orchard_infra.system.processes import ProcessIdentity
 from orchard_infra.system.text import duration, printable
 
@@ -212,7 +213,7 @@ def describe_this_run(
     *,
     lock: str | None = None,
     rank: int | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
     job: str | None = None,
     restart: int | None = None,
@@ -231,7 +232,7 @@ def describe_this_run(
         raise InfrastructureError(f"cannot identify this process: {stat} is not readable")
     uid = os.geteuid() if hasattr(os, "geteuid") else 0
     run_id = os.urandom(8).hex()
-    parent = environ.get(RUN_ID_VARIABLE)
+    parent = look_up(RUN_ID_VARIABLE) if environ is None else environ.get(RUN_ID_VARIABLE)
     try:
         return RunRecord(
             run_id=run_id,

@@ -27,6 +27,18 @@ _lock = threading.RLock()
 _settings: dict[str, list[_Setting]] = {}
 
 
+def look_up(name: str) -> str | None:
+    """The value of an environment variable, None where it is not set.
+
+    `os.environ.get` raises and catches two exceptions then, and every environment asks three times.
+    """
+    if os.supports_bytes_environ:
+        names = getattr(os.environb, "_data", os.environb)  # the dict inside
+        if name.encode() not in names:
+            return None
+    return os.environ.get(name)
+
+
 def export(name: str, value: str) -> Callable[[], None]:
     """Set an environment variable. Returns a function that withdraws the value again.
 
@@ -38,7 +50,7 @@ def export(name: str, value: str) -> Callable[[], None]:
         ValueError: The name or the value contains a NUL, or the name an equals sign.
     """
     with uninterrupted(), _lock:
-        setting = _Setting(value, os.environ.get(name))
+        setting = _Setting(value, look_up(name))
         os.environ[name] = value
         _settings.setdefault(name, []).append(setting)
     return functools.partial(_withdraw, name, setting)
