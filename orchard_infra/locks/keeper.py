@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-import attrs
-
 from orchard_infra.errors import LockLostError, LockSuspectError
 from orchard_infra.locks.base import Lease, RemoteLease, is_remote
 from orchard_infra.system import background
@@ -22,7 +20,6 @@ from orchard_infra.system.background import Task
 _STOP_WITHIN = 10.0  # seconds for a renewal that is under way when the run ends
 
 
-@attrs.define(eq=False, repr=False)
 class Keeper:
     """Renews a lease every ``lease.interval`` seconds, and says once when it is lost.
 
@@ -32,18 +29,18 @@ class Keeper:
     right: the child keeps nothing.
     """
 
-    lease: Lease
-    on_lost: Callable[[LockLostError], object]
-    logger: logging.Logger
-    _task: Task = attrs.field(init=False)
-    _thread: threading.Thread | None = attrs.field(default=None, init=False)
-    _wake: int = attrs.field(default=-1, init=False)  # the end of a pipe, written to once
-    _suspect: bool = attrs.field(default=False, init=False)
-    _is_stopping: bool = attrs.field(default=False, init=False)
-    _is_over: bool = attrs.field(default=False, init=False)
-
-    def __attrs_post_init__(self) -> None:
+    def __init__(
+        self, lease: Lease, on_lost: Callable[[LockLostError], object], logger: logging.Logger
+    ) -> None:
+        self.lease = lease
+        self.on_lost = on_lost
+        self.logger = logger
         self._task = Task(self._keep)
+        self._thread: threading.Thread | None = None
+        self._wake = -1  # the end of a pipe, written to once
+        self._suspect = False
+        self._is_stopping = False
+        self._is_over = False
 
     def start(self) -> None:
         if is_remote(self.lease):

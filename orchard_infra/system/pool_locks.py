@@ -20,18 +20,16 @@ from collections.abc import Container, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-import attrs
-
 PATIENCE = 1.0  # seconds between two looks: a pool whose workers are well ends in milliseconds
 _DRAINED = 2**28  # bytes of tasks that one look reads at most: leases have to be renewed, too
 _REFILL = 0.05  # seconds in which whoever writes a long task writes more of it
 
 
-@attrs.define(eq=False)
 class StuckPool:
     """Frees the main thread when two looks, `PATIENCE` apart, find it at the end of one pool."""
 
-    _seen: int | None = None
+    def __init__(self) -> None:
+        self._seen: int | None = None
 
     def look(self) -> bool:
         """Whether it may be stuck: look again soon. Called by the background thread."""
