@@ -3,7 +3,7 @@
     python examples/frameworks/ray_tasks.py
 
 Ray is started before the environments, and shut down after them. It takes SIGTERM for itself: the
-environment is released all the same, and the exit status is 15.
+environment is released all the same, and the exit status is 15, or that of an abort.
 """
 
 import logging
