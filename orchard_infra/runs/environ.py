@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from orchard_infra.system import processes
 
@@ -76,37 +77,40 @@ def environment_digest(source: int | bytes | Mapping[str, str] | None, run_id: s
         source = b"".join(os.fsencode(f"{name}={source[name]}") + b"\0" for name in source)
     elif isinstance(source, int):
         source = processes.raw_environ(source)
-    if source is None:
-        return None
-    return _digest(_canonical(source), run_id)
+    return None if source is None else _keyed(_hash(source), run_id)
 
 
 def own_environment_digest(run_id: str) -> str | None:
     """The digest of the environment that this process was started with."""
-    return _digest(_own_canonical(), run_id)
+    return _keyed(_own_hash(), run_id)
 
 
 @functools.cache  # a program of a thousand short runs has one initial environment
-def _own_canonical() -> bytes:
-    return _canonical(processes.raw_environ(os.getpid()) or b"")
+def _own_hash() -> bytes:
+    return _hash(processes.raw_environ(os.getpid()) or b"")
 
 
-def _canonical(raw: bytes) -> bytes:
-    """The entries that count, sorted: shells export in any order."""
+def _hash(raw: bytes) -> bytes:
+    """A hash of the entries that count, sorted: shells export in any order. Empty for none."""
     entries = (entry for entry in raw.split(b"\0") if entry)
-    return b"\0".join(sorted(e for e in entries if not _is_ignored(e.partition(b"=")[0])))
+    counting = sorted(e for e in entries if not _is_ignored(e.partition(b"=")[0]))
+    return _blake2b()(b"\0".join(counting)).digest() if counting else b""
 
 
 def _is_ignored(name: bytes) -> bool:
     return name in _ignored or name.startswith(_ignored_prefixes)
 
 
-def _digest(canonical: bytes, run_id: str) -> str | None:
-    if not canonical:
+def _keyed(hashed: bytes, run_id: str) -> str | None:
+    if not hashed:
         return None
+    digest: str = _blake2b()(hashed, key=run_id.encode()[:64], digest_size=16).hexdigest()
+    return digest
+
+
+def _blake2b() -> Any:
     try:
         from _blake2 import blake2b  # what hashlib has, without the 2 ms that importing it takes
     except ImportError:
         from hashlib import blake2b
-
-    return blake2b(canonical, key=run_id.encode()[:64], digest_size=16).hexdigest()
+    return blake2b
