@@ -193,13 +193,16 @@ def test_a_child_s_signal_is_not_taken_for_one_of_its_parent(tmp_path):
     run = start(
         tmp_path,
         """
+ready, tell_ready = os.pipe()
 with protected():
     child = os.fork()
     if not child:
         say("child", wakeup_fd())
         signal.signal(signal.SIGTERM, lambda *args: os._exit(7))
+        os.write(tell_ready, b"x")
         while True:
             time.sleep(0.01)
+    os.read(ready, 1)
     once_in_c(os.kill, child, signal.SIGTERM)
     in_c(4 * LIMIT)
     say("status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
