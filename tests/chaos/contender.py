@@ -93,6 +93,10 @@ class Contender:
         self.boundaries = Boundaries(self.journal, plan["boundary"], trace=plan["trace"])
         self.logger = logging.getLogger(f"chaos.{plan['name']}")
         self.stopping = threading.Event()  # for the run beside the others
+        # Not Thread.is_alive: until Python 3.13 a join that a Ctrl-C interrupts says that the
+        # thread has ended.
+        self.beside_has_ended = threading.Event()
+        self.beside_has_ended.set()
         self.descriptors = set(_descriptors())
         self.left_at = time.monotonic()  # the latest environment
         self.is_in_block = False
@@ -116,10 +120,10 @@ class Contender:
             logging.FileHandler(self.directory / f"{self.plan['name']}.log", delay=True)
         )
         status = BROKEN
-        beside = None
         try:
             if self.plan["beside"] is not None:
                 beside = threading.Thread(target=self._run_beside, daemon=True)
+                self.beside_has_ended.clear()
                 beside.start()
             status = self._play()
         except EnvironmentLockedError as error:
@@ -136,7 +140,7 @@ class Contender:
             self.journal.write("unexpected", traceback=traceback.format_exc())
         finally:
             if os.getpid() == self.pid:
-                self._finish(beside)
+                self._finish()
         return status
 
     def _play(self) -> int:
@@ -258,6 +262,7 @@ class Contender:
         finally:
             if os.getpid() != self.pid:
                 os._exit(0)  # a fork that has left the block of its parent
+            self.beside_has_ended.set()
 
     def _go_on(self) -> None:
         """The program goes on after its last block, with the children that it still needs."""
@@ -276,8 +281,8 @@ class Contender:
                 self.children.use()
                 time.sleep(0.02)
 
-    def _finish(self, beside: threading.Thread | None) -> None:
-        interrupt = self._join(beside)
+    def _finish(self) -> None:
+        interrupt = self._wait_for_beside()
         # Python can be interrupted between the last line of a block and its `__exit__`. It is
         # the exit hook that releases the environment then.
         if not open_sessions():
@@ -290,20 +295,20 @@ class Contender:
         if interrupt is not None:
             raise interrupt
 
-    def _join(self, beside: threading.Thread | None) -> BaseException | None:
+    def _wait_for_beside(self) -> BaseException | None:
         """Wait for the run in the other thread, whatever comes meanwhile; that is raised later."""
         self.stopping.set()
         interrupt = None
         deadline = time.monotonic() + 60.0
-        while beside is not None and beside.is_alive() and time.monotonic() < deadline:
+        while not self.beside_has_ended.is_set() and time.monotonic() < deadline:
             try:
                 # It may wait for what the exit hook releases.
                 if any(session.thread == threading.get_ident() for session in open_sessions()):
                     break
-                beside.join(0.2)
+                self.beside_has_ended.wait(0.2)
             except KeyboardInterrupt as error:
                 interrupt = error
-        self.is_beside_left = beside is not None and beside.is_alive()
+        self.is_beside_left = not self.beside_has_ended.is_set()
         return interrupt
 
     def _is_main(self) -> bool:
