@@ -384,6 +384,15 @@ def _is_tracker(pid: int) -> bool:
     return b"resource_tracker import main" in command or b"torch_shm_manager" in command
 
 
+def remove_shared_memory_of_the_dead() -> None:
+    """What somebody's killed programs have left on this machine. The next run would remove it, and
+    `orchard-infra clean` would show it.
+    """
+    from orchard_infra.artifacts.sweeping import collect
+
+    collect([])
+
+
 def _shared_memory_of(pids: Iterable[int]) -> set[str]:
     """The semaphores and blocks of multiprocessing and loky that these processes have mapped."""
     inodes: set[int] = set()

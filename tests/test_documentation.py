@@ -28,7 +28,13 @@ import attrs
 import pytest
 
 import orchard_infra
-from support import Script, require_module, run_command, run_python
+from support import (
+    Script,
+    remove_shared_memory_of_the_dead,
+    require_module,
+    run_command,
+    run_python,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -175,6 +181,7 @@ def _run_in_terminal(block: Block, tmp_path: Path) -> str:
     for file in re.findall(r"\bexamples/\w+\.py\b", commands):
         _skip_unless_importable((ROOT / file).read_text("utf-8"))
     binaries = Path(sys.executable).parent
+    remove_shared_memory_of_the_dead()  # `orchard-infra clean` would show it
     script = run_command(
         tmp_path,
         ["bash", "-euo", "pipefail", "-c", f"exec 2>&1\n{block.before}\n{commands}"],

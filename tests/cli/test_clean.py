@@ -34,6 +34,7 @@ from support import (
     Script,
     is_running,
     needs_namespaces,
+    remove_shared_memory_of_the_dead,
     run_command,
     run_python,
     wait_gone,
@@ -60,6 +61,11 @@ SCRIPT = """
     print("ready", flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def clean_shared_memory() -> None:
+    remove_shared_memory_of_the_dead()
 
 
 def script(
