@@ -126,8 +126,7 @@ class Session:
         began = time.perf_counter()
         steps = self._enter()
         try:
-            while (pause := _go_on(steps)) is not None:
-                yield pause
+            yield from _uninterrupted_steps(steps)  # no loop here: see `acquiring`
             self.env.report.prepare_seconds = time.perf_counter() - began
             tell_prepared(self.env)
         except BaseException as error:
@@ -516,10 +515,14 @@ class Session:
             step()
 
 
-def _go_on(steps: Generator[Pause, None, None]) -> Pause | None:
-    """Take all steps up to the next pause, uninterrupted; what takes long lets signals in."""
-    with uninterrupted():
-        return next(steps, None)
+def _uninterrupted_steps(steps: Generator[Pause, None, None]) -> Generator[Pause, None, None]:
+    """Take all steps between two pauses uninterrupted; what takes long lets signals in."""
+    while True:
+        with uninterrupted():
+            pause = next(steps, None)
+        if pause is None:
+            return
+        yield pause
 
 
 def open_sessions() -> tuple[Session, ...]:

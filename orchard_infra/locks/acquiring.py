@@ -136,8 +136,9 @@ def acquiring(
     try:
         try:
             attempt.begin()
-            while not attempt.succeeds():
-                yield attempt.pause()
+            # No loop of our own here: in Python 3.13 its jump back is outside of the try, and a
+            # Ctrl-C that came just then left the place in the queue behind.
+            yield from attempt.pauses()
         finally:
             attempt.end()
         assert attempt.lease is not None
@@ -236,6 +237,11 @@ class _Attempt:
         else:
             _note_owner(self.record.run_id, self._owner, self.lease)
         self._leave.close()
+
+    def pauses(self) -> Generator[Pause, None, None]:
+        """Try until it succeeds, with a pause before each try but the first."""
+        while not self.succeeds():
+            yield self.pause()
 
     def succeeds(self) -> bool:
         """Try for the lock, where it is our turn."""
