@@ -48,6 +48,8 @@ _KEPT = 30 * 86_400  # seconds that a fence is kept after its lock was last held
 #
 # With its keys and arguments no call has more than ten words. Redis hangs up on a client that says
 # more before it has given its password, and then nobody would learn that one is missing.
+_START = f"local kept, policy = {_KEPT}, ''"
+
 _LOOK = """
 -- As `Server.check` does. Who may not ask for INFO sees nothing
 local replication, memory = redis.pcall('INFO', 'replication'), redis.pcall('INFO', 'memory')
@@ -88,12 +90,11 @@ redis.call('SET', KEYS[3], fence, 'EX', kept)
 return {1, fence, policy}
 """
 
-_START = f"local kept, policy = {_KEPT}, ''"
 _ACQUIRE = _START + _TAKE
 _LOOK_AND_ACQUIRE = _START + _LOOK + _TAKE
 
 _RENEW = (
-    f"local kept = {_KEPT}"
+    _START
     + """
 local token, ttl, record, fence = unpack(ARGV)
 local owner = redis.call('GET', KEYS[1])
@@ -118,7 +119,7 @@ return {2, ''}
 
 # The fence goes up: a renewal that was under way, and comes later, must not put the key back.
 _RELEASE = (
-    f"local kept = {_KEPT}"
+    _START
     + """
 local token = ARGV[1]
 if redis.call('GET', KEYS[1]) ~= token then
